@@ -1,0 +1,1 @@
+"""The config: typed, inert data. schema → degrees → check → load."""

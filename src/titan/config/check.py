@@ -1,0 +1,310 @@
+"""Every rule that spans more than one key, one function each, all problems reported together.
+
+A rule takes the resolved config and yields problems. It reads files at most to see that they are there; it never
+imports torch and never starts anything. So the same rules hold on a laptop, on a login node and in a notebook.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from titan.config.degrees import Machine, data_degree, resolve_config
+from titan.config.files import find_files
+from titan.config.schema import (
+    ActivationCheckpointMode,
+    CheckpointMode,
+    DataKind,
+    Device,
+    Float8Recipe,
+    TitanConfig,
+    TokenizerKind,
+)
+from titan.config.vocabulary import count_tokens
+from titan.errors import ConfigError, Problem
+
+Rule = Callable[[TitanConfig], Iterator[Problem]]
+
+
+def check_config(config: TitanConfig, machine: Machine) -> TitanConfig:
+    """Fill in what was left open and apply every rule.
+
+    Returns:
+        The resolved config, ready to be frozen.
+
+    Raises:
+        ConfigError: With all problems found.
+    """
+    problems = [problem for rule in RULES_BEFORE for problem in rule(config)]
+    resolved, open_problems = resolve_config(config, machine)
+    problems += open_problems
+    layout_is_known = not problems
+    problems += [problem for rule in RULES for problem in rule(resolved)]
+    if layout_is_known:
+        problems += [problem for rule in RULES_OF_LAYOUT for problem in rule(resolved)]
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _at_least(config: TitanConfig, bounds: dict[str, float]) -> Iterator[Problem]:
+    for key, least in bounds.items():
+        group, name = key.split(".")
+        value = getattr(getattr(config, group), name)
+        if value is not None and not value >= least:
+            yield Problem(f"{key} = {value} is below {least}", suggestion=f"{key}={least}")
+
+
+def check_counts(config: TitanConfig) -> Iterator[Problem]:
+    """Counts are positive, and so is what is divided by."""
+    yield from _at_least(
+        config,
+        {
+            **{f"model.{n}": 1 for n in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")},
+            "model.max_seq_len": 1,
+            "training.steps": 1,
+            "training.seq_len": 1,
+            "training.local_batch_size": 1,
+            "training.seed": 0,
+            "training.max_grad_norm": 0,
+            "training.gc_interval": 1,
+            "cluster.timeout_seconds": 1,
+            "data.num_workers": 0,
+            "optimizer.lr": 0,
+            "optimizer.weight_decay": 0,
+            "optimizer.eps": 0,
+            "lr_scheduler.warmup_steps": 0,
+            "activation_checkpoint.every": 1,
+            "checkpoint.interval": 1,
+            "checkpoint.keep_latest": 0,
+            "checkpoint.load_step": -1,
+            "metrics.log_every": 1,
+            "profiling.start_step": 2,
+            "profiling.steps": 1,
+        },
+    )
+
+
+def check_shares(config: TitanConfig) -> Iterator[Problem]:
+    """Shares lie between 0 and 1."""
+    for key, value, include_one in (
+        ("optimizer.beta1", config.optimizer.beta1, False),
+        ("optimizer.beta2", config.optimizer.beta2, False),
+        ("lr_scheduler.decay_ratio", config.lr_scheduler.decay_ratio, True),
+        ("lr_scheduler.min_lr_factor", config.lr_scheduler.min_lr_factor, True),
+    ):
+        if value is not None and not (0 <= value <= 1 if include_one else 0 <= value < 1):
+            bound = "from 0 to 1" if include_one else "from 0 to below 1"
+            yield Problem(f"{key} = {value} is not a share", f"It lies {bound}.", f"{key}=0.9")
+
+
+def check_heads(config: TitanConfig) -> Iterator[Problem]:
+    """Heads divide the width, and kv heads divide query heads."""
+    model = config.model
+    if min(model.n_heads, model.n_kv_heads, model.dim) < 1:
+        return
+    if model.dim % model.n_heads or (model.dim // model.n_heads) % 2:
+        allowed = [n for n in _divisors(model.dim) if (model.dim // n) % 2 == 0]
+        yield Problem(
+            f"model.n_heads = {model.n_heads} does not divide model.dim = {model.dim} into even heads",
+            f"Rotary embeddings turn pairs of numbers. Allowed here: {_listed(allowed)}.",
+            f"model.n_heads={_nearest(allowed, model.n_heads)}",
+        )
+    if model.n_heads % model.n_kv_heads:
+        allowed = _divisors(model.n_heads)
+        yield Problem(
+            f"model.n_kv_heads = {model.n_kv_heads} does not divide model.n_heads = {model.n_heads}",
+            f"Each key and value head serves the same number of query heads. Allowed here: {_listed(allowed)}.",
+            f"model.n_kv_heads={_nearest(allowed, model.n_kv_heads)}",
+        )
+
+
+def check_sequence(config: TitanConfig) -> Iterator[Problem]:
+    """The rows fit the model's context."""
+    if config.training.seq_len > config.model.max_seq_len:
+        yield Problem(
+            f"training.seq_len = {config.training.seq_len} exceeds model.max_seq_len = {config.model.max_seq_len}",
+            f"model={config.model.name} was made for at most that many tokens.",
+            f"training.seq_len={config.model.max_seq_len}   or raise model.max_seq_len",
+        )
+
+
+def check_batch_is_meant(config: TitanConfig) -> Iterator[Problem]:
+    """A global batch is -1 or positive."""
+    rows = config.training.global_batch_size
+    if rows == 0 or rows < -1:
+        yield Problem(
+            f"training.global_batch_size = {rows} is not a number of rows",
+            "-1 stands for one micro-batch a data rank.",
+            "training.global_batch_size=-1",
+        )
+
+
+def check_global_batch(config: TitanConfig) -> Iterator[Problem]:
+    """The global batch is a whole number of micro-batches on every data rank."""
+    training, data_ranks = config.training, data_degree(config.parallelism)
+    rows = training.local_batch_size * data_ranks
+    if training.global_batch_size % rows:
+        near = max(rows, round(training.global_batch_size / rows) * rows)
+        yield Problem(
+            f"training.global_batch_size = {training.global_batch_size} is not a multiple of {rows} rows",
+            f"training.local_batch_size {training.local_batch_size} x {data_ranks} data ranks = {rows}.",
+            f"training.global_batch_size={near}",
+        )
+
+
+def check_axes(config: TitanConfig) -> Iterator[Problem]:
+    """Only axes that titan can build."""
+    for axis in ("pp", "cp", "tp"):
+        degree = getattr(config.parallelism, axis)
+        if degree > 1:
+            yield Problem(
+                f"parallelism.{axis} = {degree}: this version trains along dp_replicate and dp_shard only",
+                suggestion=f"parallelism.{axis}=1 parallelism.dp_shard=-1",
+            )
+
+
+def check_data(config: TitanConfig) -> Iterator[Problem]:
+    """The text is there."""
+    data = config.data
+    if data.kind is DataKind.python_stdlib:
+        if data.path is not None:
+            yield Problem(
+                f"data.path = {data.path} is set, but data=python_stdlib reads Python's own sources",
+                suggestion=f"data=text data.path={data.path}",
+            )
+        return
+    if not data.path:
+        yield Problem(
+            f"data.path is not set, but data={data.kind.name} needs it",
+            suggestion=f"data.path=/path/to/files{'/*.jsonl' if data.kind is DataKind.jsonl else ''}",
+        )
+        return
+    files = find_files(data.path, data.kind.name)
+    if not files:
+        exists = Path(data.path).is_dir()
+        yield Problem(
+            f"data.path = {data.path} {'holds no file to read' if exists else 'does not exist or matches nothing'}",
+            f"data={data.kind.name} takes a file, a folder or a glob such as '/path/**/*.jsonl.gz'.",
+            "data.path=/path/to/files   or  data=python_stdlib",
+        )
+    elif not any(file.stat().st_size for file in files):
+        yield Problem(
+            f"data.path = {data.path} holds {len(files)} file{'s' * (len(files) > 1)}, all of them empty",
+            suggestion="data.path=/path/to/files   or  data=python_stdlib",
+        )
+
+
+def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
+    """The tokenizer can be read and its tokens fit the model's vocabulary."""
+    if config.tokenizer.kind is TokenizerKind.bytes and config.tokenizer.path is not None:
+        yield Problem(
+            f"tokenizer.path = {config.tokenizer.path} is set, but tokenizer=bytes reads no file",
+            suggestion=f"tokenizer=tiktoken tokenizer.path={config.tokenizer.path}",
+        )
+        return
+    try:
+        tokens = count_tokens(config.tokenizer)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if tokens > config.model.vocab_size:
+        yield Problem(
+            f"tokenizer={config.tokenizer.kind.name} has {tokens:,} tokens, "
+            f"but model.vocab_size = {config.model.vocab_size:,}",
+            "Every token needs a row in the embedding.",
+            f"model.vocab_size={tokens}",
+        )
+
+
+def check_float8(config: TitanConfig) -> Iterator[Problem]:
+    """Float8 has hardware, or is emulated."""
+    recipe = config.float8.recipe
+    if recipe is Float8Recipe.none:
+        return
+    if config.cluster.device is Device.cpu and not config.float8.emulate:
+        yield Problem(
+            f"float8={recipe.name} needs a GPU with float8 units (H100 or later), but cluster.device = cpu",
+            "Emulation rounds as float8 does, but is slower than float32.",
+            "float8=none   or  float8.emulate=true",
+        )
+
+
+def check_compiler(config: TitanConfig) -> Iterator[Problem]:
+    """Compiling for the CPU needs a C++ compiler."""
+    on_cpu = config.cluster.device is Device.cpu
+    if config.compile.enable and config.compile.backend == "inductor" and on_cpu and not shutil.which("g++"):
+        yield Problem(
+            "compile.enable = true on a CPU, but there is no C++ compiler (g++) on the PATH",
+            suggestion="compile=none",
+        )
+
+
+def check_activation_checkpoint(config: TitanConfig) -> Iterator[Problem]:
+    """every_nth leaves some block to act on."""
+    settings = config.activation_checkpoint
+    if settings.mode is ActivationCheckpointMode.every_nth and settings.every > config.model.n_layers:
+        yield Problem(
+            f"activation_checkpoint.every = {settings.every} exceeds model.n_layers = {config.model.n_layers}",
+            suggestion="activation_checkpoint.every=2",
+        )
+
+
+def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
+    """What is to be loaded is there."""
+    settings = config.checkpoint
+    if settings.mode is CheckpointMode.disabled and settings.load_step != -1:
+        yield Problem(
+            f"checkpoint.load_step = {settings.load_step}, but checkpoint=disabled resumes nothing",
+            suggestion="checkpoint=sync",
+        )
+    if settings.initial_load is not None and not Path(settings.initial_load).is_dir():
+        yield Problem(
+            f"checkpoint.initial_load = {settings.initial_load} is not a folder",
+            suggestion="checkpoint.initial_load=<run.dir>/checkpoints/step_00000100",
+        )
+
+
+def check_profiling(config: TitanConfig) -> Iterator[Problem]:
+    """The trace ends before the run does."""
+    last = config.profiling.start_step + config.profiling.steps - 1
+    if config.profiling.enable and last > config.training.steps:
+        yield Problem(
+            f"profiling traces steps {config.profiling.start_step} to {last}, "
+            f"but training.steps = {config.training.steps}",
+            suggestion=f"profiling.start_step=2 profiling.steps={max(1, min(3, config.training.steps - 1))}",
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _nearest(allowed: list[int], value: int) -> int:
+    return min(allowed, key=lambda n: (abs(n - value), n))
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(str(n) for n in numbers[:12])
+    return shown + (", ..." if len(numbers) > 12 else "")
+
+
+RULES_BEFORE: tuple[Rule, ...] = (check_counts, check_shares, check_batch_is_meant)
+"""Rules on what was written, before anything is filled in."""
+
+RULES: tuple[Rule, ...] = (
+    check_heads,
+    check_sequence,
+    check_data,
+    check_tokenizer,
+    check_float8,
+    check_compiler,
+    check_activation_checkpoint,
+    check_checkpoint,
+    check_profiling,
+)
+"""Rules that hold for any layout."""
+
+RULES_OF_LAYOUT: tuple[Rule, ...] = (check_axes, check_global_batch)
+"""Rules that need resolved degrees, so they wait until those are known to be right."""

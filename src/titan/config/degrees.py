@@ -1,0 +1,203 @@
+"""From what the user wrote to numbers: devices, world size, degrees of the axes, rows of a step.
+
+Everything that may be left open in the config (`-1`, `null`, `auto`) is filled in here, once, before the config is
+frozen, so that no rank has to decide anything for itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from titan.config.schema import ClusterConfig, ClusterKind, Device, Dtype, ParallelismConfig, TitanConfig
+from titan.errors import Problem
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""The mesh's axes, outermost first."""
+DATA_AXES = ("dp_replicate", "dp_shard")
+"""The axes along which ranks see different rows."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on, as found by `titan.launch.environment`."""
+
+    gpus: int = 0
+    """GPUs that this machine shows to this process."""
+    started_ranks: int | None = None
+    """World size, where an outer launcher has already started the ranks."""
+    started_ranks_per_node: int | None = None
+    """Ranks that the outer launcher started on this machine."""
+    cache_dir: str = "~/.cache/titan"
+    """Where this user keeps what can be made again."""
+
+
+def data_degree(parallelism: ParallelismConfig) -> int:
+    """Return how many ranks see different rows."""
+    return parallelism.dp_replicate * parallelism.dp_shard
+
+
+def world_size(cluster: ClusterConfig) -> int:
+    """Return the number of ranks; the cluster must be resolved."""
+    assert cluster.nodes is not None and cluster.devices_per_node is not None, "resolve the cluster first"
+    return cluster.nodes * cluster.devices_per_node
+
+
+def accumulation_steps(config: TitanConfig) -> int:
+    """Return the micro-batches that one data rank runs in a step; the config must be resolved."""
+    rows = config.training.local_batch_size * data_degree(config.parallelism)
+    return config.training.global_batch_size // rows
+
+
+def describe_degrees(parallelism: ParallelismConfig) -> str:
+    """Return the degrees as text: pp 1 x dp_replicate 1 x ..."""
+    return " x ".join(f"{axis} {getattr(parallelism, axis)}" for axis in AXES)
+
+
+def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, list[Problem]]:
+    """Fill in what was left open.
+
+    Returns:
+        A new config with every open value filled in, as far as that is possible, and the problems met on the way.
+    """
+    cluster, problems = resolve_cluster(config.cluster, machine)
+    parallelism = config.parallelism
+    if not problems:
+        parallelism, problems = resolve_degrees(config.parallelism, cluster)
+    training = config.training
+    if training.param_dtype is Dtype.auto:
+        dtype = Dtype.bfloat16 if cluster.device is Device.cuda else Dtype.float32
+        training = replace(training, param_dtype=dtype)
+    if training.reduce_dtype is Dtype.auto:
+        training = replace(training, reduce_dtype=Dtype.float32)
+    if training.global_batch_size == -1 and not problems:
+        rows = training.local_batch_size * data_degree(parallelism)
+        training = replace(training, global_batch_size=rows)
+    cache = config.data.cache_dir or machine.cache_dir
+    return replace(
+        config,
+        run=replace(config.run, dir=_absolute(config.run.dir)),
+        cluster=cluster,
+        parallelism=parallelism,
+        training=training,
+        data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
+        tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
+        checkpoint=replace(config.checkpoint, initial_load=_absolute(config.checkpoint.initial_load)),
+    ), problems
+
+
+def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterConfig, list[Problem]]:
+    """Settle the device, the number of machines and the ranks of each."""
+    problems = []
+    device = cluster.device
+    if device is Device.auto:
+        device = Device.cuda if machine.gpus else Device.cpu
+    if device is Device.cuda and not machine.gpus:
+        problems.append(
+            Problem("cluster.device = cuda, but this machine shows no GPU", suggestion="cluster.device=cpu")
+        )
+    nodes, per_node = cluster.nodes, cluster.devices_per_node
+    if machine.started_ranks is not None and machine.started_ranks_per_node is not None:
+        found_nodes = machine.started_ranks // machine.started_ranks_per_node
+        for key, wanted, found in (
+            ("nodes", nodes, found_nodes),
+            ("devices_per_node", per_node, machine.started_ranks_per_node),
+        ):
+            if wanted is not None and wanted != found:
+                problems.append(
+                    Problem(
+                        f"cluster.{key} = {wanted}, but the outer launcher started {found}",
+                        f"There are {machine.started_ranks} ranks, {machine.started_ranks_per_node} on this machine.",
+                        f"cluster.{key}={found}   (or leave it out)",
+                    )
+                )
+        nodes, per_node = found_nodes, machine.started_ranks_per_node
+    else:
+        nodes = 1 if nodes is None else nodes
+        if nodes != 1 and cluster.kind is ClusterKind.local:
+            problems.append(
+                Problem(
+                    f"cluster.nodes = {nodes}, but cluster=local is this machine alone",
+                    "For several machines, start torchrun on each with this command behind it.",
+                    f"cluster.nodes=1 cluster.devices_per_node={max(nodes, 1) * (per_node or 1)}",
+                )
+            )
+        if per_node is None:
+            per_node = max(machine.gpus, 1) if device is Device.cuda else 1
+    if per_node < 1 or nodes < 1:
+        key, value = ("devices_per_node", per_node) if per_node < 1 else ("nodes", nodes)
+        problems.append(Problem(f"cluster.{key} = {value} is not positive", suggestion=f"cluster.{key}=1"))
+    elif device is Device.cuda and machine.gpus and per_node > machine.gpus:
+        problems.append(
+            Problem(
+                f"cluster.devices_per_node = {per_node}, but this machine has {machine.gpus} GPUs",
+                suggestion=f"cluster.devices_per_node={machine.gpus}",
+            )
+        )
+    return replace(cluster, device=device, nodes=nodes, devices_per_node=per_node), problems
+
+
+def resolve_degrees(
+    parallelism: ParallelismConfig, cluster: ClusterConfig
+) -> tuple[ParallelismConfig, list[Problem]]:
+    """Fill in the degree that is -1 and hold the product against the world size."""
+    degrees = {axis: getattr(parallelism, axis) for axis in AXES}
+    open_axes = [axis for axis, degree in degrees.items() if degree == -1]
+    problems = []
+    for axis, degree in degrees.items():
+        if degree == -1 and axis not in DATA_AXES:
+            problems.append(
+                Problem(
+                    f"parallelism.{axis} = -1 is not allowed",
+                    "Only dp_replicate and dp_shard can take what is left.",
+                    f"parallelism.{axis}=1",
+                )
+            )
+        elif degree < 1 and degree != -1:
+            problems.append(
+                Problem(f"parallelism.{axis} = {degree} is not positive", suggestion=f"parallelism.{axis}=1")
+            )
+    if len(open_axes) > 1 and not problems:
+        names = " and ".join(f"parallelism.{axis}" for axis in open_axes)
+        problems.append(
+            Problem(
+                f"{names} are both -1",
+                "Only one axis can take what is left.",
+                f"parallelism.{open_axes[0]}=1",
+            )
+        )
+    if problems:
+        return parallelism, problems
+
+    ranks = world_size(cluster)
+    given = math.prod(degree for degree in degrees.values() if degree != -1)
+    where = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} x {cluster.devices_per_node} = {ranks} ranks"
+    if open_axes and ranks % given == 0:
+        return replace(parallelism, **{open_axes[0]: ranks // given}), []
+    if open_axes:
+        others = " x ".join(f"{a} {d}" for a, d in degrees.items() if d not in (-1, 1))
+        problem = Problem(
+            f"{others} = {given} does not divide the world size: {where}",
+            f"parallelism.{open_axes[0]} = -1 takes what is left, which has to be a whole number.",
+            f"cluster.devices_per_node={given * max(1, ranks // given)}",
+        )
+        return parallelism, [problem]
+    if given != ranks:
+        hint = f"cluster.devices_per_node={given}" if cluster.nodes == 1 else "parallelism.dp_shard=-1"
+        without_shard = given // degrees["dp_shard"]
+        if ranks % without_shard == 0:
+            hint += "   or  parallelism.dp_shard=-1   (takes what is left)" if cluster.nodes == 1 else ""
+        problem = Problem(
+            f"{describe_degrees(parallelism)} = {given} ranks, but there are {where}",
+            f"cluster={cluster.kind.name} gives one rank to every device.",
+            hint,
+        )
+        return parallelism, [problem]
+    return parallelism, []
+
+
+def _absolute(path: str | None) -> str:
+    # typed as str, for the fields that must be set; None passes through for those that may be open
+    return None if path is None else str(Path(path).expanduser().absolute())  # type: ignore[return-value]
+

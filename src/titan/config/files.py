@@ -1,0 +1,48 @@
+"""Which files a path stands for: a file, everything below a folder, or a glob; always in the same order."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sysconfig
+from pathlib import Path
+
+COMPRESSIONS = (".gz", ".zst")
+SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": ()}
+"""What counts inside a folder, before .gz or .zst; empty means every file."""
+
+
+def find_files(path: str, kind: str) -> list[Path]:
+    """Return the files that `path` stands for, sorted.
+
+    Args:
+        path: A file, a folder (searched to any depth) or a glob, in which ** crosses folders.
+        kind: jsonl or text; decides what counts inside a folder.
+    """
+    if glob.has_magic(path) and not os.path.exists(path):
+        found = [Path(name) for name in glob.glob(path, recursive=True)]
+    elif os.path.isdir(path):
+        found = [file for file in Path(path).rglob("*") if _has_suffix(file, SUFFIXES[kind])]
+    else:
+        found = [Path(path)]
+    return sorted(file for file in found if file.is_file())
+
+
+def find_standard_library() -> list[Path]:
+    """Return the source files of the Python standard library, without installed packages, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "__pycache__"}
+    return sorted(
+        file
+        for file in root.rglob("*.py")
+        if not skipped.intersection(file.relative_to(root).parts) and file.is_file()
+    )
+
+
+def _has_suffix(file: Path, suffixes: tuple[str, ...]) -> bool:
+    name = file.name
+    if name.startswith("."):
+        return False
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return not suffixes or name.endswith(suffixes)

@@ -1,0 +1,377 @@
+"""Every option of titan, as typed dataclasses with a docstring under each field.
+
+Config is inert: nothing here builds anything, and nothing below the entry points sees the whole tree. The names
+are the ones on the command line, in the YAML files, on the mesh axes and in the log. Enums are spelled by name,
+because that is what a user types. A test holds that every field has a docstring and that something reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Device(Enum):
+    """Where the ranks compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(Enum):
+    """Floating-point formats for compute and for reductions; `auto` depends on the device."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class ClusterKind(Enum):
+    """What starts the ranks."""
+
+    local = "local"
+
+
+class DataKind(Enum):
+    """Where documents come from."""
+
+    python_stdlib = "python_stdlib"
+    jsonl = "jsonl"
+    text = "text"
+
+
+class BadDocuments(Enum):
+    """What to do with a document that cannot be read."""
+
+    error = "error"
+    skip = "skip"
+
+
+class TokenizerKind(Enum):
+    """How text becomes tokens."""
+
+    bytes = "bytes"
+    tiktoken = "tiktoken"
+
+
+class DecayType(Enum):
+    """The shape of the learning rate's last part."""
+
+    linear = "linear"
+    cosine = "cosine"
+    sqrt = "sqrt"
+
+
+class ReshardAfterForward(Enum):
+    """Whether FSDP frees a block's gathered weights between forward and backward."""
+
+    default = "default"
+    always = "always"
+    never = "never"
+
+
+class CheckpointMode(Enum):
+    """How checkpoints are written."""
+
+    disabled = "disabled"
+    sync = "sync"
+
+
+class ActivationCheckpointMode(Enum):
+    """Which activations are recomputed in the backward pass instead of kept."""
+
+    none = "none"
+    full = "full"
+    every_nth = "every_nth"
+
+
+class Float8Recipe(Enum):
+    """How float8 scales are chosen; the names are torchao's."""
+
+    none = "none"
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
+    rowwise_with_gw_hp = "rowwise_with_gw_hp"
+
+
+@dataclass
+class RunConfig:
+    """Where a run keeps its files."""
+
+    name: str = MISSING
+    """What the run is called; the default run directory carries it."""
+    dir: str = MISSING
+    """The folder of everything the run writes. The same folder again resumes the run."""
+
+
+@dataclass
+class RopeScalingConfig:
+    """Llama 3.1's stretching of the rotary frequencies beyond the length it was first trained at."""
+
+    factor: float = MISSING
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_seq_len / low_freq_factor are stretched by the whole factor."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_seq_len / high_freq_factor are left alone; in between they blend."""
+    original_seq_len: int = 8192
+    """Tokens of context before the stretching."""
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a Llama."""
+
+    name: str = MISSING
+    """The flavor, for people: it names the run."""
+    dim: int = MISSING
+    """Width of the residual stream."""
+    n_layers: int = MISSING
+    """Number of transformer blocks."""
+    n_heads: int = MISSING
+    """Query heads of a block."""
+    n_kv_heads: int = MISSING
+    """Key and value heads of a block; fewer than n_heads is grouped-query attention."""
+    ffn_dim: int = MISSING
+    """Inner width of the feed-forward layer."""
+    vocab_size: int = MISSING
+    """Rows of the embedding; the tokenizer may use fewer."""
+    max_seq_len: int = MISSING
+    """Tokens of context that the published model supports."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 500000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = None
+    """Stretching of the rotary frequencies, or null."""
+    tie_embeddings: bool = False
+    """Whether the output projection shares the embedding's weights."""
+
+
+@dataclass
+class TrainingConfig:
+    """The loop: how long, how much at once, how precisely."""
+
+    steps: int = MISSING
+    """Optimizer steps of the whole run."""
+    seq_len: int = MISSING
+    """Tokens of one row."""
+    local_batch_size: int = MISSING
+    """Rows of one micro-batch on one data rank."""
+    global_batch_size: int = -1
+    """Rows of one step over all data ranks; -1 is one micro-batch a data rank. More accumulates gradients."""
+    seed: int = 0
+    """Fixes the initial weights and the order of the data."""
+    deterministic: bool = False
+    """Use only operations that give the same bits every time; slower on a GPU."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    param_dtype: Dtype = Dtype.auto
+    """Format of weights and activations in forward and backward; auto is bfloat16 on CUDA, float32 on a CPU."""
+    reduce_dtype: Dtype = Dtype.float32
+    """Format in which gradients are summed over ranks; auto is float32."""
+    gc_interval: int = 50
+    """Steps between garbage collections, which all ranks then do together."""
+
+
+@dataclass
+class ParallelismConfig:
+    """Degrees of the mesh's axes, outermost first. Their product is the world size."""
+
+    pp: int = 1
+    """Pipeline stages."""
+    dp_replicate: int = 1
+    """Replicas of the (sharded) model; -1 takes what is left."""
+    dp_shard: int = -1
+    """Ranks that share one copy of the weights, gradients and optimizer states; -1 takes what is left."""
+    cp: int = 1
+    """Ranks that share one sequence."""
+    tp: int = 1
+    """Ranks that share one weight matrix."""
+    reshard_after_forward: ReshardAfterForward = ReshardAfterForward.default
+    """Whether FSDP frees gathered weights after the forward pass; default is always, but never with a pipeline."""
+
+
+@dataclass
+class ClusterConfig:
+    """The machines that the ranks run on."""
+
+    kind: ClusterKind = MISSING
+    """What starts the ranks."""
+    nodes: int | None = None
+    """Machines; null is 1, or as many as an outer launcher such as torchrun has started."""
+    devices_per_node: int | None = None
+    """Ranks of one machine; null is all its GPUs, or 1 process on a CPU."""
+    device: Device = Device.auto
+    """cpu, cuda, or auto: cuda where there is one."""
+    timeout_seconds: int = 600
+    """Longest wait for another rank in one collective, in seconds."""
+
+
+@dataclass
+class DataConfig:
+    """The text to train on."""
+
+    kind: DataKind = MISSING
+    """Where documents come from."""
+    path: str | None = None
+    """A file, a folder or a glob (** crosses folders); .gz and .zst are read as they are."""
+    text_field: str = "text"
+    """The key of a jsonl line that holds the document."""
+    bad_documents: BadDocuments = BadDocuments.error
+    """What to do with one that cannot be read: stop with file and line, or skip, count and report it."""
+    num_workers: int = 0
+    """Processes a rank uses to read ahead; 0 reads in the rank itself."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept for the next run; null is titan's folder in the user's cache."""
+
+
+@dataclass
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    kind: TokenizerKind = MISSING
+    """bytes needs nothing; tiktoken reads Llama 3's tokenizer.model."""
+    path: str | None = None
+    """The tokenizer's file, where it has one."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = MISSING
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    decay_embeddings: bool = False
+    """Whether weight decay also acts on the embedding."""
+    decay_norms: bool = False
+    """Whether weight decay also acts on norms and biases."""
+
+
+@dataclass
+class LrSchedulerConfig:
+    """Warm up, stay, decay."""
+
+    warmup_steps: int = MISSING
+    """Steps from zero to the peak."""
+    decay_ratio: float | None = None
+    """Share of the steps spent decaying, at the end; null decays right after the warm-up."""
+    decay_type: DecayType = DecayType.linear
+    """The shape of the decay."""
+    min_lr_factor: float = 0.0
+    """The last learning rate as a share of the peak."""
+
+
+@dataclass
+class Float8Config:
+    """Float8 matrix products through torchao."""
+
+    recipe: Float8Recipe = Float8Recipe.none
+    """How scales are chosen; none leaves the model as it is."""
+    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    """Linears whose name contains one of these stay as they are."""
+    emulate: bool = False
+    """Compute with the rounding of float8 but without its hardware, for tests; slow."""
+
+
+@dataclass
+class CompileConfig:
+    """torch.compile, block by block."""
+
+    enable: bool = False
+    """Compile every transformer block and the loss."""
+    backend: str = "inductor"
+    """The compiler's backend, by PyTorch's name."""
+
+
+@dataclass
+class ActivationCheckpointConfig:
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    mode: ActivationCheckpointMode = ActivationCheckpointMode.none
+    """none, full (every block), or every_nth block."""
+    every: int = 2
+    """With every_nth: checkpoint each block whose index is a multiple of this."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    mode: CheckpointMode = MISSING
+    """disabled, or sync: training waits while the checkpoint is written."""
+    interval: int = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_latest: int = 3
+    """How many to keep; 0 keeps all."""
+    load_step: int = -1
+    """The step to resume from; -1 is the newest."""
+    initial_load: str | None = None
+    """A checkpoint folder of another run whose weights a new run starts from."""
+
+
+@dataclass
+class MetricsConfig:
+    """What is written down while training."""
+
+    log_every: int = MISSING
+    """Steps between two lines on the console and in metrics.jsonl."""
+
+
+@dataclass
+class ProfilingConfig:
+    """PyTorch profiler traces."""
+
+    enable: bool = False
+    """Write one trace a rank to <run.dir>/profiles."""
+    start_step: int = 10
+    """First step to trace; the one before is traced and thrown away as warm-up."""
+    steps: int = 3
+    """Steps in the trace."""
+
+
+@dataclass
+class TitanConfig:
+    """The whole config: one node for each group in conf/, and `run` and `training`."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where the run keeps its files."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The shape of the Llama."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The loop."""
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+    """Degrees of the mesh's axes."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The text."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """How text becomes tokens."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
+    lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
+    """The learning rate over time."""
+    float8: Float8Config = field(default_factory=Float8Config)
+    """Float8 matrix products."""
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    """torch.compile."""
+    activation_checkpoint: ActivationCheckpointConfig = field(default_factory=ActivationCheckpointConfig)
+    """Recomputing activations."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """What is written down."""
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
+    """Profiler traces."""

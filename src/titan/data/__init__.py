@@ -1,0 +1,1 @@
+"""From files to the rows of step t: source → tokenizer → packing → batch → loader."""

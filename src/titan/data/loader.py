@@ -1,0 +1,95 @@
+"""Micro-batches for one data rank, from any step on.
+
+PyTorch's DataLoader does the reading ahead; it hands batches out in the order of its sampler however many workers
+it has, and the sampler here is a plain function of the step, so there is no state to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from titan.data.batch import RowOrder, count_rows, read_row
+from titan.data.packing import PackedTokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows.
+
+    Shape:
+        tokens, labels: (B, S) int64.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy to a device."""
+        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one data rank takes of every step."""
+
+    order: RowOrder
+    local_batch_size: int
+    data_rank: int
+    data_ranks: int
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Return the rows of each of this rank's micro-batches in a step."""
+        rows = self.order.rows_of_step(step)
+        shaped = rows.reshape(-1, self.data_ranks, self.local_batch_size)
+        return shaped[:, self.data_rank].tolist()
+
+
+class PackedRows(Dataset[tuple[np.ndarray, np.ndarray]]):
+    """The rows of tokenised text, by number."""
+
+    def __init__(self, packed: PackedTokens, seq_len: int, padding: int) -> None:
+        self.packed, self.seq_len, self.padding = packed, seq_len, padding
+        self._tokens: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return count_rows(self.packed.tokens, self.seq_len)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._tokens is None:  # each worker maps the file itself
+            self._tokens = self.packed.open()
+        return read_row(self._tokens, row, self.seq_len, self.padding)
+
+
+class _Steps(Sampler[list[int]]):
+    def __init__(self, share: Share, first_step: int, last_step: int) -> None:
+        self.share, self.first_step, self.last_step = share, first_step, last_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.last_step):
+            yield from self.share.micro_batches(step)
+
+
+def build_loader(
+    rows: PackedRows, share: Share, first_step: int, last_step: int, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader[Batch]:
+    """Return this rank's micro-batches of steps [first_step, last_step), counted from 0, in order."""
+    return DataLoader(
+        rows,
+        batch_sampler=_Steps(share, first_step, last_step),
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        persistent_workers=False,
+    )
+
+
+def collate(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    """Stack rows into a batch."""
+    inputs, labels = zip(*rows, strict=True)
+    return Batch(torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels)))

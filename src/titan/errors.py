@@ -1,0 +1,86 @@
+"""Every error that titan raises on purpose, and the exit code each one ends a process with.
+
+A user's mistake never shows a traceback: the entry points print a `TitanError` as text and exit with its code.
+Anything else that escapes is a defect, of titan or of the machine, and keeps its traceback.
+
+    TitanError            1   anything below, and a rank that crashed
+    ├── ConfigError       2   the config or the command is wrong; nothing was started or changed
+    ├── DataError        65   bad data, met while running
+    ├── CheckpointError  66   no usable checkpoint
+    ├── NonFiniteError   71   the loss or the gradient is not finite
+    └── StorageError     73   storage failed repeatedly
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a config: what is wrong, why it matters, and what to type instead."""
+
+    what: str
+    """The key, its value and the rule it breaks."""
+    why: str = ""
+    """The reason, with the numbers or the allowed values."""
+    suggestion: str = ""
+    """An override that can be pasted on the command line, or a short instruction."""
+
+    def __str__(self) -> str:
+        lines = [f"  {self.what}"]
+        lines += [f"    {line}" for line in self.why.splitlines()]
+        if self.suggestion:
+            lines.append(f"    Try  {self.suggestion}")
+        return "\n".join(lines)
+
+
+class TitanError(Exception):
+    """An error whose text is meant for the user."""
+
+    exit_code = 1
+
+
+class ConfigError(TitanError):
+    """The composed config or the command line is wrong. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Iterable[Problem] | str) -> None:
+        self.problems = [Problem(problems)] if isinstance(problems, str) else list(problems)
+        count = len(self.problems)
+        title = "1 problem in the composed config" if count == 1 else f"{count} problems in the composed config"
+        super().__init__(title + "\n\n" + "\n\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(TitanError):
+    """The training data cannot be used: names the file and, where there is one, the line."""
+
+    exit_code = 65
+
+
+class CheckpointError(TitanError):
+    """No checkpoint can be used, or the one asked for is missing or belongs to another run."""
+
+    exit_code = 66
+
+
+class NonFiniteError(TitanError):
+    """The loss or the gradient norm is not finite. Raised before any weight moves."""
+
+    exit_code = 71
+
+
+class StorageError(TitanError):
+    """Writing to the run directory failed repeatedly."""
+
+    exit_code = 73
+
+
+class RanksFailed(TitanError):  # noqa: N818 - reads as the event that it is
+    """A rank that this process started ended with an error; takes over that rank's exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

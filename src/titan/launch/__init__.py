@@ -1,0 +1,1 @@
+"""Getting the ranks started. Imports no torch before there is something to start."""

@@ -1,0 +1,96 @@
+"""Where the numbers go: metrics.jsonl, and the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from titan.log import logger
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line, flushed as it goes, no step twice."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Open for appending; lines beyond the step that is resumed from are dropped, for they will come again."""
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Console:
+    """One line a logged step, and on a terminal a progress bar below them."""
+
+    def __init__(self, total_steps: int, first_step: int, tokens_to_bytes: tuple[int, int]) -> None:
+        self.total_steps = total_steps
+        self._tokens, self._text_bytes = tokens_to_bytes
+        self._bar = None
+        if sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
+
+    def step(self) -> None:
+        """Advance the progress bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Show a row of metrics."""
+        logger.info(format_row(row, self.total_steps, self._tokens, self._text_bytes))
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_row(row: dict[str, Any], total_steps: int, tokens: int, text_bytes: int) -> str:
+    """Return a row of metrics as a line with fixed columns."""
+    from titan.metrics.meter import bits_per_byte
+
+    left = (total_steps - row["step"]) * row["step_seconds"]
+    columns = [
+        f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {row['loss']:.4f}",
+        f"bits/byte {bits_per_byte(row['loss'], tokens, text_bytes):.3f}",
+        f"grad {row['grad_norm']:.2f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+    ]
+    if row["mfu"] is not None:
+        columns.append(f"mfu {row['mfu']:.1%}")
+    columns.append(f"peak {row['memory_gib']:.2f} GiB")
+    if row["step"] < total_steps:
+        columns.append(f"{format_seconds(left)} left")
+    return "  ".join(columns)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as 0:07, 12:34 or 3:04:05."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a crash cut short

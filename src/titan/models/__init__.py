@@ -1,0 +1,1 @@
+"""Single-device model code: no rank, no mesh, no environment."""

@@ -1,0 +1,146 @@
+"""Llama 2 and 3 as plain single-device PyTorch.
+
+Nothing here knows of ranks: parallelism is applied from outside (`titan.parallel.apply`). Three habits keep that
+possible. Blocks live in a ModuleDict keyed by their index, so that a pipeline stage that owns blocks 8 to 15 keeps
+their names; the embedding, the last norm and the output may be None, in a stage that does not own them; and heads
+are counted from the size of the tensor, because tensor parallelism leaves a rank only some of them.
+
+Weights have Meta's names. They are empty until `titan.models.init` draws them.
+
+Shape letters: B batch, S sequence, D model, H query heads, K kv heads, E head size, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan.config.schema import ModelConfig
+from titan.models.linear import Linear
+from titan.models.rope import apply_rope, build_rope_cache
+
+
+class CausalAttention(nn.Module):
+    """Attention in which a position sees itself and what came before. Context parallelism replaces this module."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend.
+
+        Shape:
+            q: (B, H, S, E). k, v: (B, K, S, E). Returns (B, H, S, E).
+        """
+        if q.device.type == "cpu" and k.shape[1] != q.shape[1]:
+            # The CPU's fused kernel takes no grouped heads; PyTorch would fall back to materialising the scores.
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_size = config.dim // config.n_heads
+        self.wq = Linear(config.dim, config.n_heads * self.head_size)
+        self.wk = Linear(config.dim, config.n_kv_heads * self.head_size)
+        self.wv = Linear(config.dim, config.n_kv_heads * self.head_size)
+        self.wo = Linear(config.n_heads * self.head_size, config.dim)
+        self.inner = CausalAttention()
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Mix positions.
+
+        Shape:
+            x: (B, S, D) -> (B, S, D). rope: as `apply_rope` takes it.
+        """
+        # -1 and not n_heads: a tensor-parallel rank has only some of the heads.
+        q = self.wq(x).unflatten(-1, (-1, self.head_size))
+        k = self.wk(x).unflatten(-1, (-1, self.head_size))
+        v = self.wv(x).unflatten(-1, (-1, self.head_size))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        mixed = self.inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.wo(mixed.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = Linear(config.dim, config.ffn_dim)
+        self.w2 = Linear(config.ffn_dim, config.dim)
+        self.w3 = Linear(config.dim, config.ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each position on its own. Shape: (B, S, D) -> (B, S, D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, rope: Tensor) -> Tensor:
+        """Transform. Shape: x (B, S, D) -> (B, S, D); rope as `apply_rope` takes it."""
+        x = x + self.attention(self.attention_norm(x), rope)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Llama(nn.Module):
+    """Tokens in, logits out.
+
+    Args:
+        config: The shape.
+        seq_len: Positions to prepare rotary angles for; the longest sequence that `forward` will see.
+    """
+
+    rope: Tensor
+
+    def __init__(self, config: ModelConfig, seq_len: int) -> None:
+        super().__init__()
+        self.config = config
+        self.seq_len = seq_len
+        self.tok_embeddings: nn.Module | None = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleDict({str(i): TransformerBlock(config) for i in range(config.n_layers)})
+        self.norm: nn.Module | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.output: nn.Module | None = Linear(config.dim, config.vocab_size)
+        self.register_buffer("rope", torch.empty(seq_len, 0, 2), persistent=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output projection share the embedding's weights, where the config says so.
+
+        NOTE: to be repeated after anything that replaces parameters one by one, such as `to_empty`.
+        """
+        if self.config.tie_embeddings and self.tok_embeddings is not None and self.output is not None:
+            self.output.weight = self.tok_embeddings.weight
+
+    def init_buffers(self, device: torch.device | str) -> None:
+        """Compute the rotary angles; a model built on meta has none."""
+        self.rope = build_rope_cache(self.config, self.seq_len, device)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Predict the next token at every position.
+
+        Args:
+            tokens: Token ids; in a pipeline stage without the embedding, the hidden states of the stage before.
+            positions: Where each token stands in its document; None counts from 0.
+
+        Shape:
+            tokens: (B, S) int64, or (B, S, D). positions: (S,) or (B, S). Returns (B, S, V), or (B, S, D) from a
+            stage without the output.
+        """
+        x = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
+        rope = self.rope[: x.shape[1]] if positions is None else self.rope[positions]
+        for block in self.layers.values():
+            x = block(x, rope)
+        x = self.norm(x) if self.norm is not None else x
+        return self.output(x) if self.output is not None else x

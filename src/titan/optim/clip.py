@@ -1,0 +1,75 @@
+"""The norm of all gradients together, whatever mesh they lie on, and clipping by it.
+
+A sharded parameter's gradient lies in pieces; a replicated one's lies whole on every rank and must count once. So
+gradients are grouped by the process groups over which they are sharded, the squares of each group are summed in its own
+ranks, and the groups are added up. One small all-reduce for each kind of sharding, in float32.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def global_grad_norm(
+    parameters: Iterable[nn.Parameter], device: torch.device, stage_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Return the 2-norm of all gradients, equal on every rank.
+
+    Args:
+        parameters: This rank's parameters.
+        device: Where the result lies; a rank may have no gradient at all.
+        stage_group: Ranks that hold other parameters (pipeline stages), if there are any.
+
+    Shape:
+        (), float32.
+    """
+    kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds[_sharding_groups(parameter.grad)].append(_local(parameter.grad))
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    # Groups are visited in the order of the model's parameters, which is the same on all their ranks.
+    for groups, gradients in kinds.items():
+        gradients = [gradient for gradient in gradients if gradient.numel()]
+        squares = torch.zeros((), dtype=torch.float32, device=device)
+        if gradients:
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+            squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
+        for group in groups:
+            dist.all_reduce(squares, group=group)
+        total = total + squares
+    if stage_group is not None and stage_group.size() > 1:
+        dist.all_reduce(total, group=stage_group)
+    return total.sqrt()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients down so that their norm is at most `max_norm`; 0 leaves them alone."""
+    if max_norm <= 0:
+        return
+    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _sharding_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    if not isinstance(gradient, DTensor):
+        return ()
+    mesh, groups = gradient.device_mesh, []
+    for axis, placement in enumerate(gradient.placements):
+        if placement.is_partial():
+            raise AssertionError("a gradient has to be reduced before its norm is taken")
+        if hasattr(placement, "dim") and mesh.size(axis) > 1:
+            groups.append(mesh.get_group(axis))
+    return tuple(groups)

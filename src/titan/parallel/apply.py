@@ -1,0 +1,103 @@
+"""The order in which parallelism is put around a single-device model. Each line says why it stands where it does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from titan.config.schema import ActivationCheckpointMode, Dtype, Float8Recipe, TitanConfig
+from titan.errors import TitanError
+from titan.models.init import draw_rows
+from titan.models.llama import Llama
+from titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan.parallel.compile import apply_compile
+from titan.parallel.float8 import apply_float8
+from titan.parallel.fsdp import apply_fsdp
+from titan.parallel.mesh import Mesh
+
+DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
+
+
+def apply_parallelism(model: Llama, config: TitanConfig, mesh: Mesh, device: torch.device) -> list[str]:
+    """Make a model on meta run on a mesh, in place.
+
+    Returns:
+        What was done, as lines for the log.
+    """
+    done = []
+    # Float8 exchanges modules, so it comes before anything that holds on to them.
+    if config.float8.recipe is not Float8Recipe.none:
+        result = apply_float8(model, config.float8, device)
+        done.append(f"float8 {config.float8.recipe.name} on {len(result.converted)} linears")
+        done += [f"float8 leaves {name}: {reason}" for name, reason in result.skipped.items()]
+    # Activation checkpointing before compile, so that the compiler sees what is recomputed.
+    settings = config.activation_checkpoint
+    if settings.mode is not ActivationCheckpointMode.none:
+        wrapped = apply_activation_checkpoint(model, settings.mode, settings.every)
+        done.append(f"activation checkpointing {settings.mode.name}: {wrapped} of {len(model.layers)} blocks")
+    # Compile before FSDP, so that its hooks stay outside the graphs.
+    if config.compile.enable:
+        apply_compile(model, config.compile.backend)
+        done.append(f"compile with {config.compile.backend}")
+    # FSDP last: it shards what all others have left.
+    apply_fsdp(
+        model,
+        mesh.fsdp,
+        DTYPES[config.training.param_dtype],
+        DTYPES[config.training.reduce_dtype],
+        config.parallelism.reshard_after_forward,
+        has_pipeline=config.parallelism.pp > 1,
+    )
+    return done
+
+
+def init_weights(model: Llama, seed: int, device: torch.device) -> None:
+    """Allocate this rank's shards on the device and draw them.
+
+    Every value is the one that a single process would draw; see `titan.models.init`.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _init_parameter(plain_name(name), parameter, seed, model)
+    model.init_buffers(device)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name in the bare model: without what wrappers add to it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _init_parameter(name: str, parameter: nn.Parameter, seed: int, model: Llama) -> None:
+    rows, columns = local_indices(parameter)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    drawn = draw_rows(name, parameter.shape, rows, seed, model.config)
+    drawn = drawn[:, columns.start : columns.stop] if parameter.ndim > 1 else drawn
+    if drawn.shape != local.shape:
+        raise TitanError(f"{name}: this rank holds {tuple(local.shape)}, but its mesh says {tuple(drawn.shape)}")
+    local.copy_(drawn)
+
+
+def local_indices(parameter: nn.Parameter) -> tuple[range, range]:
+    """Return which rows and columns of a parameter this rank holds.
+
+    FSDP shards what tensor parallelism has left of a tensor, so the axes count from the innermost outwards,
+    whatever their order on the mesh.
+    """
+    indices = [range(size) for size in (*parameter.shape, 1)[:2]]
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        coordinates = mesh.get_coordinate()
+        assert coordinates is not None, "this rank is not on the parameter's mesh"
+        for axis in reversed(range(mesh.ndim)):
+            dim = getattr(parameter.placements[axis], "dim", None)
+            if dim is not None:
+                indices[dim] = _chunk(indices[dim], mesh.size(axis), coordinates[axis])
+    return indices[0], indices[1]
+
+
+def _chunk(whole: range, parts: int, index: int) -> range:
+    size = -(-len(whole) // parts)  # as torch.chunk cuts: the last ones may be short or empty
+    return whole[min(index * size, len(whole)) : min((index + 1) * size, len(whole))]

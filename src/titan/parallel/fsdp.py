@@ -1,0 +1,63 @@
+"""FSDP2: weights, gradients and optimizer states shared out over dp_shard x cp, replicated over dp_replicate.
+
+Applied also at degree 1, so that mixed precision has one code path. Gradients are *summed*, never averaged: the
+loss is already divided by the number of tokens of the whole global batch (`titan.trainer.loss`).
+
+Source:
+    ZeRO, https://arxiv.org/abs/1910.02054; PyTorch FSDP, https://arxiv.org/abs/2304.11277.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from titan.config.schema import ReshardAfterForward
+from titan.models.llama import Llama
+
+
+def apply_fsdp(
+    model: Llama,
+    mesh: DeviceMesh,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: ReshardAfterForward = ReshardAfterForward.default,
+    has_pipeline: bool = False,
+) -> None:
+    """Shard every block, the two ends, and the model around them, in place.
+
+    Args:
+        model: On meta or on a device.
+        mesh: (dp_replicate, fsdp).
+        param_dtype: What weights are gathered in and activations computed in.
+        reduce_dtype: What gradients are summed in.
+        reshard_after_forward: Whether gathered weights are freed until the backward pass.
+        has_pipeline: Whether forward runs once a microbatch; then "default" keeps weights gathered, because gathering
+            them again for each microbatch would cost more than it saves.
+    """
+    # Inputs are not cast: the rotary angles have to stay in float32.
+    precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    reshard = {
+        ReshardAfterForward.default: not has_pipeline,
+        ReshardAfterForward.always: True,
+        ReshardAfterForward.never: False,
+    }[reshard_after_forward]
+    for block in model.layers.values():
+        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    ends = [module for module in (model.norm, model.output) if module is not None]
+    if model.config.tie_embeddings and model.tok_embeddings is not None:
+        # A shared parameter can belong to one group only.
+        ends = [model.tok_embeddings, *ends]
+    elif model.tok_embeddings is not None:
+        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+    if ends:
+        # Last in forward and first in backward: freeing them in between would only mean to gather them again.
+        keep = reshard_after_forward is not ReshardAfterForward.always
+        fully_shard(ends, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # or gloo is asked for a fused multiply-and-sum, which it does not have
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,87 @@
+"""The files of a run, and the two of them that say what became of it.
+
+    <run.dir>/config.yaml     the frozen config, the only thing a rank reads
+              overrides.yaml  what was typed
+              status.json     the run's state now, replaced as a whole
+              events.jsonl    what happened, in order, appended
+              metrics.jsonl   one line a logged step
+              logs/           one file per rank and attempt
+              checkpoints/    step_00000010/ and so on
+
+Names are a contract with other tools; nothing else in titan spells them out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def utc_now() -> str:
+    """Return the time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The frozen config."""
+        return self.path / "config.yaml"
+
+    @property
+    def overrides(self) -> Path:
+        """The overrides of the command line, for the record."""
+        return self.path / "overrides.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of committed checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def profiles(self) -> Path:
+        """The folder of profiler traces."""
+        return self.path / "profiles"
+
+    def log(self, rank: int, attempt: int) -> Path:
+        """Return the log file of one rank in one attempt."""
+        return self.path / "logs" / f"rank_{rank:05d}.attempt_{attempt}.log"
+
+    def read_status(self) -> dict[str, Any]:
+        """Return status.json, or an empty dict where there is none or it is unreadable."""
+        try:
+            return json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def write_status(self, state: str, why: str = "", **details: Any) -> None:
+        """Replace status.json: `state` is complete, running, preempted or failed."""
+        text = json.dumps({"state": state, "why": why, "time": utc_now(), **details}, indent=2)
+        write_atomically(self.path / "status.json", text + "\n")
+
+    def append_event(self, event: str, **details: Any) -> None:
+        """Append one line to events.jsonl."""
+        line = json.dumps({"time": utc_now(), "event": event, **details})
+        with (self.path / "events.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

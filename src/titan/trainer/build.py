@@ -1,0 +1,160 @@
+"""From a frozen config to everything that the loop needs, in the one order that works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from titan.checkpoint.store import CheckpointStore, NamedParameters, load_weights
+from titan.config.degrees import accumulation_steps, describe_degrees, world_size
+from titan.config.schema import CheckpointMode, TitanConfig
+from titan.data.batch import RowOrder
+from titan.data.loader import PackedRows, Share
+from titan.data.packing import PackedTokens, pack_tokens
+from titan.data.tokenizer import build_tokenizer
+from titan.errors import ConfigError
+from titan.log import logger
+from titan.models.flops import count_parameters, flops_per_token, peak_tflops
+from titan.models.llama import Llama
+from titan.optim.build import build_optimizer
+from titan.parallel.apply import apply_parallelism, init_weights, plain_name
+from titan.parallel.mesh import Mesh, build_mesh
+from titan.run_directory import RunDirectory
+from titan.trainer.device import device_name
+from titan.trainer.state import TrainState
+from titan.trainer.step import ForwardBackward, build_forward_backward
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop needs, built."""
+
+    config: TitanConfig
+    directory: RunDirectory
+    device: torch.device
+    mesh: Mesh
+    model: Llama
+    parameters: NamedParameters
+    """By their names in the bare model."""
+    optimizer: torch.optim.Optimizer
+    forward_backward: ForwardBackward
+    packed: PackedTokens
+    rows: PackedRows
+    share: Share
+    store: CheckpointStore | None
+    state: TrainState = field(default_factory=TrainState)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.config.training.global_batch_size * self.config.training.seq_len
+
+
+def build_trainer(config: TitanConfig, device: torch.device, packed: PackedTokens) -> Trainer:
+    """Return a trainer with initial weights; the default process group must be there.
+
+    Args:
+        config: Resolved.
+        device: This rank's.
+        packed: The data.
+
+    Raises:
+        ConfigError: If the ranks are not as many as the config says.
+    """
+    if dist.get_world_size() != world_size(config.cluster):
+        raise ConfigError(f"the config wants {world_size(config.cluster)} ranks, but {dist.get_world_size()} started")
+    mesh = build_mesh(config.parallelism, device.type)
+    with torch.device("meta"):
+        model = Llama(config.model, config.training.seq_len)
+    applied = apply_parallelism(model, config, mesh, device)
+    init_weights(model, config.training.seed, device)
+    model.train()
+    parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
+    optimizer = build_optimizer(parameters, config.optimizer, device)
+    tokenizer = build_tokenizer(config.tokenizer)
+    rows = PackedRows(packed, config.training.seq_len, padding=tokenizer.eos)
+    order = RowOrder(len(rows), config.training.global_batch_size, config.training.seed)
+    directory = RunDirectory(Path(config.run.dir))
+    store = None
+    if config.checkpoint.mode is not CheckpointMode.disabled:
+        store = CheckpointStore(directory.checkpoints, config.checkpoint.keep_latest)
+    trainer = Trainer(
+        config,
+        directory,
+        device,
+        mesh,
+        model,
+        parameters,
+        optimizer,
+        build_forward_backward(model),
+        packed,
+        rows,
+        Share(order, config.training.local_batch_size, mesh.data_rank, mesh.data_ranks),
+        store,
+    )
+    for line in describe_trainer(trainer, applied):
+        logger.info(line)
+    return trainer
+
+
+def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:
+    """Return the tokenised data; before the process group is there, so that no collective waits for it."""
+    tokenizer = build_tokenizer(config.tokenizer)
+    return pack_tokens(config.data, tokenizer, is_writer, config.cluster.timeout_seconds)
+
+
+def resume(trainer: Trainer) -> None:
+    """Go on from the checkpoint that the config says, if there is one; else take `initial_load`'s weights.
+
+    Raises:
+        CheckpointError: If a step was asked for that is not there, or a checkpoint does not fit.
+    """
+    wanted, store = trainer.config.checkpoint, trainer.store
+    steps = store.steps() if store else []
+    step = steps[-1] if steps and wanted.load_step == -1 else wanted.load_step
+    if store is not None and step >= 0:
+        extra = store.load(step, trainer.parameters, trainer.optimizer)
+        trainer.state = TrainState(step=step, tokens=extra["tokens"])
+        logger.info(f"resumed at step {step}")
+    elif wanted.initial_load is not None:
+        load_weights(Path(wanted.initial_load), trainer.parameters)
+        logger.info(f"initial weights from {wanted.initial_load}")
+
+
+def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
+    """Return what a person wants to know before the first step, as lines."""
+    config, training = trainer.config, trainer.config.training
+    ranks = world_size(config.cluster)
+    peak = peak_tflops(device_name(trainer.device), training.param_dtype)
+    micro = accumulation_steps(config)
+    lines = [
+        ("model", f"{config.model.name}, {count_parameters(config.model):,} parameters, "
+                  f"{flops_per_token(config.model, training.seq_len) / 1e6:,.0f} MFLOP a token"),
+        ("mesh", f"{describe_degrees(config.parallelism)} = {ranks} rank{'s' * (ranks != 1)}"),
+        ("device", f"{device_name(trainer.device)}, " + (f"peak {peak:,.0f} TFLOP/s" if peak else "peak unknown: no MFU")),
+        ("precision", f"compute {training.param_dtype.name}, gradients summed in {training.reduce_dtype.name}"),
+        ("batch", f"{training.global_batch_size} rows x {training.seq_len} = {trainer.tokens_per_step:,} tokens a step"
+                  + (f", in {micro} micro-batches a rank" if micro > 1 else "")),
+    ]
+    lines += [("data", line) for line in trainer.packed.describe(training.seq_len)]
+    rows = len(trainer.rows)
+    lines.append(("data", f"{rows:,} rows; {training.steps} steps are "
+                          f"{training.steps * training.global_batch_size / rows:.3g} epochs"))
+    lines += [("applied", line) for line in applied]
+    absent = [
+        name
+        for name, is_on in (
+            ("compile", config.compile.enable),
+            ("float8", config.float8.recipe.name != "none"),
+            ("activation checkpointing", config.activation_checkpoint.mode.name != "none"),
+            ("checkpoints", trainer.store is not None),
+            ("deterministic algorithms", training.deterministic),
+        )
+        if not is_on
+    ]
+    if absent:
+        lines.append(("off", ", ".join(absent)))
+    return [f"{title:<10} {text}" for title, text in lines]

@@ -1,0 +1,134 @@
+"""fit: for every step, batch → forward and backward → clip → optimizer → metrics → checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from titan.config.degrees import accumulation_steps
+from titan.data.loader import Batch, build_loader
+from titan.log import logger
+from titan.metrics.memory import peak_memory_gib, reset_peak_memory
+from titan.metrics.meter import Meter, bits_per_byte
+from titan.metrics.sinks import Console, JsonLines, format_seconds
+from titan.models.flops import flops_per_token, peak_tflops
+from titan.optim.schedule import lr_factor, set_learning_rate
+from titan.trainer.build import Trainer
+from titan.trainer.device import GarbageCollector, device_name
+from titan.trainer.profile import Profile
+from titan.trainer.step import StepResult, train_step
+
+
+def fit(trainer: Trainer) -> float | None:
+    """Train from where the state stands to the last step.
+
+    Returns:
+        The loss of the last step, or None where there was nothing left to do.
+    """
+    config, state = trainer.config, trainer.state
+    steps = config.training.steps
+    is_writer = dist.get_rank() == 0
+    meter = build_meter(trainer)
+    with contextlib.ExitStack() as stack:
+        sinks: list[JsonLines | Console] = []
+        console = None
+        if is_writer:
+            console = Console(steps, state.step, (trainer.packed.tokens, trainer.packed.text_bytes))
+            sinks = [JsonLines(trainer.directory.metrics, state.step), console]
+            for sink in sinks:
+                stack.callback(sink.close)
+        collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
+        profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
+        result = None
+        began, batches = time.perf_counter(), steps_of_batches(trainer, meter)
+        parameters = [parameter for _, parameter in trainer.parameters]
+        reset_peak_memory(trainer.device)
+        while state.step < steps:
+            learning_rate = config.optimizer.lr * lr_factor(state.step, steps, config.lr_scheduler)
+            set_learning_rate(trainer.optimizer, learning_rate)
+            result = train_step(
+                next(batches),
+                trainer.forward_backward,
+                parameters,
+                trainer.optimizer,
+                config.training.max_grad_norm,
+                trainer.mesh.batch_group,
+            )
+            state.step += 1
+            state.tokens += trainer.tokens_per_step
+            meter.steps += 1
+            if console is not None:
+                console.step()
+            if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
+                write_metrics(trainer, meter, result, learning_rate, sinks)
+            save_if_due(trainer, meter)
+            profile.step()
+            collector.step(state.step)
+    if is_writer and result is not None:
+        bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
+        logger.info(
+            f"done: step {state.step}, loss {result.loss:.4f} nats a token = {bits:.3f} bits a byte, "
+            f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}"
+        )
+    return result.loss if result is not None else None
+
+
+def build_meter(trainer: Trainer) -> Meter:
+    """Return a meter that knows the model and the device."""
+    config = trainer.config
+    return Meter(
+        tokens_per_step=trainer.tokens_per_step,
+        flops_per_token=flops_per_token(config.model, config.training.seq_len),
+        devices=dist.get_world_size(),
+        peak_tflops=peak_tflops(device_name(trainer.device), config.training.param_dtype),
+    )
+
+
+def steps_of_batches(trainer: Trainer, meter: Meter) -> Iterator[list[Batch]]:
+    """Yield each step's micro-batches on the device; the time waited for them goes into the meter."""
+    config = trainer.config
+    loader = iter(
+        build_loader(
+            trainer.rows,
+            trainer.share,
+            trainer.state.step,
+            config.training.steps,
+            config.data.num_workers,
+            pin_memory=trainer.device.type == "cuda",
+        )
+    )
+    while True:
+        start = time.perf_counter()
+        batches = [next(loader).to(trainer.device) for _ in range(accumulation_steps(config))]
+        meter.data_seconds += time.perf_counter() - start
+        yield batches
+
+
+def write_metrics(
+    trainer: Trainer, meter: Meter, result: StepResult, learning_rate: float, sinks: list[JsonLines | Console]
+) -> None:
+    """Write one row to every sink; all ranks take part, for the fullest one's memory counts."""
+    memory = torch.tensor(peak_memory_gib(trainer.device), device=trainer.device)
+    dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+    reset_peak_memory(trainer.device)
+    row = meter.row(trainer.state.step, result.loss, result.grad_norm, learning_rate, memory.item())
+    for sink in sinks:
+        sink.write(row)
+
+
+def save_if_due(trainer: Trainer, meter: Meter) -> None:
+    """Save a checkpoint at every interval and at the end."""
+    config, step = trainer.config, trainer.state.step
+    if trainer.store is None or (step % config.checkpoint.interval and step != config.training.steps):
+        return
+    start = time.perf_counter()
+    path = trainer.store.save(step, trainer.parameters, trainer.optimizer, {"tokens": trainer.state.tokens})
+    seconds = time.perf_counter() - start
+    meter.checkpoint_seconds += seconds
+    if dist.get_rank() == 0:
+        logger.info(f"saved {path.relative_to(trainer.directory.path)} in {seconds:.2f} s")
+        trainer.directory.append_event("save", step=step, seconds=round(seconds, 3))

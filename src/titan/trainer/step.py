@@ -1,0 +1,77 @@
+"""One optimizer step: forward and backward of all micro-batches, clip, guard, move the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from titan.data.loader import Batch
+from titan.errors import NonFiniteError
+from titan.optim.clip import clip_gradients, global_grad_norm
+from titan.trainer.loss import count_valid_tokens, cross_entropy_share
+
+ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
+"""Micro-batches and the count of valid tokens in; gradients accumulated, this rank's share of the loss out.
+
+The one seam between a model that runs whole and one that runs as a pipeline: chosen once, when the trainer is built.
+"""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the global batch in nats a token, before the step."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+
+def build_forward_backward(model: nn.Module) -> ForwardBackward:
+    """Return the seam for a model that runs whole: one micro-batch after the other."""
+
+    def run(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
+        total = torch.zeros((), device=valid_tokens.device)
+        for index, batch in enumerate(batches):
+            if isinstance(model, FSDPModule):
+                # Gradients travel once a step, after the last micro-batch.
+                model.set_requires_gradient_sync(index == len(batches) - 1)
+            loss = cross_entropy_share(model(batch.tokens), batch.labels, valid_tokens)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    return run
+
+
+def train_step(
+    batches: Sequence[Batch],
+    forward_backward: ForwardBackward,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    batch_group: dist.ProcessGroup,
+) -> StepResult:
+    """Do one step on this rank's micro-batches.
+
+    Raises:
+        NonFiniteError: If the loss or the gradient norm is not finite, before any weight has moved. Both are global,
+            so all ranks raise together.
+    """
+    optimizer.zero_grad()
+    valid_tokens = count_valid_tokens([batch.labels for batch in batches], batch_group)
+    loss = forward_backward(batches, valid_tokens)
+    dist.all_reduce(loss, group=batch_group)
+    norm = global_grad_norm(parameters, loss.device)
+    result = StepResult(*torch.stack((loss, norm)).tolist())
+    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        if not abs(value) < float("inf"):
+            raise NonFiniteError(f"the {name} is {value}; no weight was moved")
+    clip_gradients(parameters, norm, max_grad_norm)
+    optimizer.step()
+    return result

@@ -1,0 +1,178 @@
+"""One rank's whole life: `python -m titan.worker <run.dir>/config.yaml`.
+
+The frozen config is all that a rank reads. Started alone, it is rank 0 of 1; started by torchrun, by titan's local
+launcher or by a SLURM step, it is whichever rank the environment says. Whatever ends it, the exit code says what it
+was (`titan.errors`), and the log file says where.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from titan.config.load import config_text, load_config, parse_config
+from titan.config.schema import Device, TitanConfig
+from titan.errors import ConfigError, TitanError
+from titan.launch.dispatch import Frozen, freeze
+from titan.launch.environment import Rank, current_rank, launcher_pid, threads_per_rank
+from titan.log import logger, start_logging, start_rank_log
+from titan.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+INTERRUPTED = 130  # what a shell reports for SIGINT
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the rank that the environment describes; returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    start_logging()
+    _die_with_launcher()
+    if len(arguments) != 1:
+        print("usage: python -m titan.worker <run.dir>/config.yaml", file=sys.stderr)
+        return 2
+    try:
+        config = load_config(Path(arguments[0]))
+        rank = current_rank() or Rank()
+    except TitanError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return run_rank(config, rank)
+
+
+def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> int:
+    """Train as a rank that an outer launcher started together with the composition; returns the exit code.
+
+    Every rank has composed a config, with a time of its own in the name of the run directory. Rank 0's is the one:
+    it freezes it and hands it to the others.
+
+    Raises:
+        ConfigError: On rank 0, if the run directory holds another run; the other ranks then just end.
+    """
+    store = meet(config.cluster.timeout_seconds)
+    key = f"titan/config/{rank.attempt}"
+    if rank.rank == 0:
+        directory = RunDirectory(Path(config.run.dir))
+        try:
+            found = freeze(config, directory, overrides)
+        except TitanError:
+            store.set(key, "refused")
+            raise
+        if found is Frozen.complete:
+            logger.info(f"{directory.path}: this run is complete; nothing to do")
+        store.set(key, "complete" if found is Frozen.complete else config_text(config))
+    text = store.get(key).decode()
+    if text in ("refused", "complete"):
+        return ConfigError.exit_code if text == "refused" else 0
+    return run_rank(parse_config(text, "the config of rank 0"), rank, store)
+
+
+def meet(timeout_seconds: int) -> Store:
+    """Return the store in which the ranks of the environment's launcher meet."""
+    from torch.distributed import rendezvous
+
+    return next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
+
+
+def run_rank(config: TitanConfig, rank: Rank, store: Store | None = None) -> int:
+    """Train as this rank and account for how it ended; returns the exit code."""
+    directory = RunDirectory(Path(config.run.dir))
+    start_rank_log(directory.log(rank.rank, rank.attempt), rank.rank, on_console=rank.rank == 0)
+    is_first = rank.rank == 0
+    if is_first:
+        directory.write_status("running")
+        directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
+    try:
+        loss = train(config, rank, store)
+    except TitanError as error:
+        return _report(directory, rank, error, error.exit_code, str(error))
+    except KeyboardInterrupt as error:
+        return _report(directory, rank, error, INTERRUPTED, "interrupted")
+    except Exception as error:
+        return _report(directory, rank, error, 1, traceback.format_exc().rstrip())
+    if is_first:
+        directory.write_status("complete", step=config.training.steps, loss=loss)
+        directory.append_event("exit", code=0)
+    return 0
+
+
+def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float | None:
+    """Build a trainer and run it to the end; returns the last loss.
+
+    Args:
+        config: Frozen.
+        rank: This rank's place.
+        store: Where the ranks meet; None meets at the launcher's, or alone.
+    """
+    import torch.distributed as dist
+
+    from titan.trainer.build import build_trainer, load_packed_tokens, resume
+    from titan.trainer.device import make_deterministic, select_device
+    from titan.trainer.loop import fit
+
+    if config.training.deterministic:
+        make_deterministic()
+    device = select_device(config.cluster.device, rank.local_rank, threads_per_rank(rank.local_world_size))
+    packed = load_packed_tokens(config, is_writer=rank.local_rank == 0)
+    backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
+    if store is None:
+        store = meet(config.cluster.timeout_seconds) if rank.has_store else dist.HashStore()
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank.rank,
+        world_size=rank.world_size,
+        timeout=timedelta(seconds=config.cluster.timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    trainer = build_trainer(config, device, packed)
+    resume(trainer)
+    if trainer.state.step and rank.rank == 0:
+        trainer.directory.append_event("resume", step=trainer.state.step)
+    loss = fit(trainer)
+    dist.destroy_process_group()
+    return loss
+
+
+def _report(directory: RunDirectory, rank: Rank, error: BaseException, code: int, text: str) -> int:
+    logger.error(text)
+    summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if rank.has_store:
+        _tell_agent(error)
+    if directory.read_status().get("state") == "running":  # the first to fail says why
+        directory.write_status("failed", why=summary, rank=rank.rank, exit_code=code)
+    directory.append_event("exit", code=code, rank=rank.rank, why=summary)
+    return code
+
+
+def _tell_agent(error: BaseException) -> None:
+    """Leave the error where the elastic agent looks for it, so that it can name the rank that failed first."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    get_error_handler().record_exception(error)
+
+
+def _die_with_launcher() -> None:
+    """Ask the kernel to end this rank when titan's local launcher dies, however it dies."""
+    pid = launcher_pid()
+    if pid is None or sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != pid:  # it died before we asked
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failure, other threads may hang in a collective that no one will join any more.
+    os._exit(code)
