@@ -74,4 +74,5 @@ def start_rank_log(path: Path, rank: int, on_console: bool) -> None:
         logger.removeHandler(handler)
         handler.close()
     logger.addHandler(file)
-    faulthandler.enable(file.stream)
+    if file.stream is not None:
+        faulthandler.enable(file.stream)

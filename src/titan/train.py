@@ -56,7 +56,10 @@ def main() -> None:
 
     def run(composed: DictConfig) -> float | None:
         with _hydra_shows_tracebacks(None):
-            outcomes.append(run_point(composed))
+            try:
+                outcomes.append(run_point(composed))
+            except TitanError as error:  # Hydra would announce it with a line of its own
+                _exit_with(error)
         return RunDirectory(outcomes[-1].directory).read_status().get("loss")
 
     register_schema()

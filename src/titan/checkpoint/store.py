@@ -1,7 +1,7 @@
 """Checkpoints of a run: written beside, renamed when complete, the oldest removed after that.
 
-The tensors go through PyTorch's distributed checkpoint, so a run can be resumed on another mesh: every tensor is stored under
-its plain name with its place in the whole. The data needs no state (`titan.data.batch` is a function of the step),
+The tensors go through PyTorch's distributed checkpoint, so a run can be resumed on another mesh: every tensor is
+stored under its plain name with its place in the whole. The data needs no state (`titan.data.batch` is a function of the step),
 and neither does the learning rate.
 """
 
@@ -149,5 +149,3 @@ def _on_first_rank(action: Callable[[], None]) -> None:
     dist.broadcast_object_list(error)
     if error[0] is not None:
         raise error[0]
-
-

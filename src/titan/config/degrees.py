@@ -40,7 +40,8 @@ def data_degree(parallelism: ParallelismConfig) -> int:
 
 def world_size(cluster: ClusterConfig) -> int:
     """Return the number of ranks; the cluster must be resolved."""
-    assert cluster.nodes is not None and cluster.devices_per_node is not None, "resolve the cluster first"
+    assert cluster.nodes is not None, "resolve the cluster first"
+    assert cluster.devices_per_node is not None, "resolve the cluster first"
     return cluster.nodes * cluster.devices_per_node
 
 
@@ -138,9 +139,7 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
     return replace(cluster, device=device, nodes=nodes, devices_per_node=per_node), problems
 
 
-def resolve_degrees(
-    parallelism: ParallelismConfig, cluster: ClusterConfig
-) -> tuple[ParallelismConfig, list[Problem]]:
+def resolve_degrees(parallelism: ParallelismConfig, cluster: ClusterConfig) -> tuple[ParallelismConfig, list[Problem]]:
     """Fill in the degree that is -1 and hold the product against the world size."""
     degrees = {axis: getattr(parallelism, axis) for axis in AXES}
     open_axes = [axis for axis, degree in degrees.items() if degree == -1]
@@ -200,4 +199,3 @@ def resolve_degrees(
 def _absolute(path: str | None) -> str:
     # typed as str, for the fields that must be set; None passes through for those that may be open
     return None if path is None else str(Path(path).expanduser().absolute())  # type: ignore[return-value]
-

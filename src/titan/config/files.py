@@ -33,9 +33,7 @@ def find_standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__"}
     return sorted(
-        file
-        for file in root.rglob("*.py")
-        if not skipped.intersection(file.relative_to(root).parts) and file.is_file()
+        file for file in root.rglob("*.py") if not skipped.intersection(file.relative_to(root).parts) and file.is_file()
     )
 
 

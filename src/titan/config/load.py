@@ -214,9 +214,7 @@ def unknown_key(key: str) -> Problem:
     )
 
 
-def _explain_one(
-    error: Exception, overrides: Sequence[str], config_dir: str | None
-) -> tuple[str, Problem] | None:
+def _explain_one(error: Exception, overrides: Sequence[str], config_dir: str | None) -> tuple[str, Problem] | None:
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -251,7 +249,7 @@ def _explain_override(override: Override, config_dir: str | None) -> Problem | N
         return None
     if key.split(".", 1)[0].split("/", 1)[0] == "hydra" or override.is_sweep_override():
         return None
-    if "/" in key or "@" in override.input_line.split("=", 1)[0] or override.is_delete():
+    if "/" in key or "@" in (override.input_line or "").split("=", 1)[0] or override.is_delete():
         near = difflib.get_close_matches(key, groups, n=3)
         hint = f"{near[0]}=..." if near else "--help   for the groups there are"
         return None if key in schema_keys() else Problem(f"{key} is not a config group", suggestion=hint)
@@ -268,7 +266,9 @@ def _explain_override(override: Override, config_dir: str | None) -> Problem | N
             OmegaConf.update(schema, key, value)
         del name
     except OmegaConfBaseException as error:
-        return Problem(f"{override.input_line.lstrip('+')} has the wrong type", _first_line(error), _expected(key))
+        return Problem(
+            f"{(override.input_line or key).lstrip('+')} has the wrong type", _first_line(error), _expected(key)
+        )
     return None
 
 

@@ -64,16 +64,18 @@ def read_ranks(path: str | None) -> dict[bytes, int]:
             ]
         )
     ranks: dict[bytes, int] = {}
+    number = 0
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if line.strip():
                     token, rank = line.split()
                     ranks[base64.b64decode(token, validate=True)] = int(rank)
         if not ranks:
             raise ValueError("the file is empty")
     except (OSError, ValueError, binascii.Error) as error:
-        where = f"line {number}: " if "number" in locals() else ""
+        where = f"line {number}: " if number else ""
         raise ConfigError(
             [
                 Problem(

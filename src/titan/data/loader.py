@@ -6,7 +6,7 @@ it has, and the sampler here is a plain function of the step, so there is no sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
         return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Copy to memory from which a GPU can fetch by itself; DataLoader calls this."""
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,15 @@ class _Steps(Sampler[list[int]]):
 
 
 def build_loader(
-    rows: PackedRows, share: Share, first_step: int, last_step: int, num_workers: int = 0, pin_memory: bool = False
-) -> DataLoader[Batch]:
+    rows: PackedRows,
+    share: Share,
+    first_step: int,
+    last_step: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterable[Batch]:
     """Return this rank's micro-batches of steps [first_step, last_step), counted from 0, in order."""
-    return DataLoader(
+    return DataLoader(  # type: ignore[return-value]
         rows,
         batch_sampler=_Steps(share, first_step, last_step),
         num_workers=num_workers,

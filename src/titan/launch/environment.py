@@ -46,7 +46,7 @@ def current_rank() -> Rank | None:
         raise ConfigError(
             [
                 Problem(
-                    f"RANK is set in the environment, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not",
+                    f"RANK is set in the environment, but not {' and '.join(missing)}",
                     "A launcher such as torchrun sets all of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT.",
                     "unset RANK   to let titan start the ranks itself",
                 )

@@ -66,7 +66,7 @@ def launch_local(directory: RunDirectory, ranks: int) -> None:
         os.environ.update(before)
 
 
-def _explain(error, directory: RunDirectory) -> RanksFailed:  # noqa: ANN001 - torch is not imported at module level
+def _explain(error, directory: RunDirectory) -> RanksFailed:
     rank, failure = error.get_first_failure()
     log = directory.log(rank, 0)
     details = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None

@@ -1,7 +1,7 @@
 """A linear layer that is fast on every CPU.
 
 PyTorch multiplies float32 matrices on a CPU with MKL, which runs its slower code on processors of other makers than
-its own: on an AMD EPYC 175 GFLOP/s against oneDNN's 380 on the same two cores, with the same rounding. oneDNN is in every
+its own: on two cores of an AMD EPYC 175 GFLOP/s against oneDNN's 380, with the same rounding. oneDNN is in every
 x86 build of PyTorch; only the choice is missing (`torch.backends.mkldnn.matmul` offers it for reduced precision
 alone). So this layer calls oneDNN for float32 on a CPU, and is `nn.Linear` everywhere else: on CUDA, in bfloat16, and
 for DTensor weights. `benchmarks/cpu_tokens_per_second.py` measures what it gives.

@@ -2,7 +2,7 @@
 
 A sharded parameter's gradient lies in pieces; a replicated one's lies whole on every rank and must count once. So
 gradients are grouped by the process groups over which they are sharded, the squares of each group are summed in its own
-ranks, and the groups are added up. One small all-reduce for each kind of sharding, in float32.
+ranks, and the groups are added up. One small all-reduce for each kind of sharding.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ def global_grad_norm(
     for parameter in parameters:
         if parameter.grad is not None:
             kinds[_sharding_groups(parameter.grad)].append(_local(parameter.grad))
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    # PyTorch's norm of a large float32 tensor on a CPU is off by up to 1e-4, depending on how it is sharded; on CUDA
+    # the sum is a tree, and float64 would be slow.
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    total = torch.zeros((), dtype=dtype, device=device)
     # Groups are visited in the order of the model's parameters, which is the same on all their ranks.
     for groups, gradients in kinds.items():
         gradients = [gradient for gradient in gradients if gradient.numel()]
-        squares = torch.zeros((), dtype=torch.float32, device=device)
+        squares = torch.zeros((), dtype=dtype, device=device)
         if gradients:
-            norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+            norms = torch._foreach_norm(gradients, 2, dtype=dtype)
             squares = torch.stack([norm.to(device) for norm in norms]).square().sum()
         for group in groups:
             dist.all_reduce(squares, group=group)
         total = total + squares
     if stage_group is not None and stage_group.size() > 1:
         dist.all_reduce(total, group=stage_group)
-    return total.sqrt()
+    return total.sqrt().float()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:

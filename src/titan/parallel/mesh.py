@@ -67,7 +67,9 @@ def build_mesh(parallelism: ParallelismConfig, device_type: str) -> Mesh:
     return Mesh(
         axes=init_device_mesh(device_type, (pp, dp_replicate, dp_shard, cp, tp), mesh_dim_names=AXES),
         storage=init_device_mesh(
-            device_type, (pp, dp_replicate, dp_shard * cp, tp), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp")
+            device_type,
+            (pp, dp_replicate, dp_shard * cp, tp),
+            mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
         ),
         batch=init_device_mesh(
             device_type, (pp, dp_replicate * dp_shard, cp, tp), mesh_dim_names=("pp", "batch", "cp", "tp")

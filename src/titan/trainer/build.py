@@ -131,18 +131,35 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
     peak = peak_tflops(device_name(trainer.device), training.param_dtype)
     micro = accumulation_steps(config)
     lines = [
-        ("model", f"{config.model.name}, {count_parameters(config.model):,} parameters, "
-                  f"{flops_per_token(config.model, training.seq_len) / 1e6:,.0f} MFLOP a token"),
+        (
+            "model",
+            f"{config.model.name}, {count_parameters(config.model):,} parameters, "
+            f"{flops_per_token(config.model, training.seq_len) / 1e6:,.0f} MFLOP a token",
+        ),
         ("mesh", f"{describe_degrees(config.parallelism)} = {ranks} rank{'s' * (ranks != 1)}"),
-        ("device", f"{device_name(trainer.device)}, " + (f"peak {peak:,.0f} TFLOP/s" if peak else "peak unknown: no MFU")),
-        ("precision", f"compute {training.param_dtype.name}, gradients summed in {training.reduce_dtype.name}"),
-        ("batch", f"{training.global_batch_size} rows x {training.seq_len} = {trainer.tokens_per_step:,} tokens a step"
-                  + (f", in {micro} micro-batches a rank" if micro > 1 else "")),
+        (
+            "device",
+            f"{device_name(trainer.device)}, " + (f"peak {peak:,.0f} TFLOP/s" if peak else "peak unknown: no MFU"),
+        ),
+        (
+            "precision",
+            f"compute {training.param_dtype.name}, gradients summed in {training.reduce_dtype.name}",
+        ),
+        (
+            "batch",
+            f"{training.global_batch_size} rows x {training.seq_len} = {trainer.tokens_per_step:,} tokens a step"
+            + (f", in {micro} micro-batches a rank" if micro > 1 else ""),
+        ),
     ]
     lines += [("data", line) for line in trainer.packed.describe(training.seq_len)]
     rows = len(trainer.rows)
-    lines.append(("data", f"{rows:,} rows; {training.steps} steps are "
-                          f"{training.steps * training.global_batch_size / rows:.3g} epochs"))
+    lines.append(
+        (
+            "data",
+            f"{rows:,} rows; {training.steps} steps are "
+            f"{training.steps * training.global_batch_size / rows:.3g} epochs",
+        )
+    )
     lines += [("applied", line) for line in applied]
     absent = [
         name

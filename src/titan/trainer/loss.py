@@ -1,8 +1,8 @@
 """Cross-entropy with one denominator: the number of valid tokens in the whole global batch.
 
 Dividing each micro-batch by its own count and averaging would give a token in a sparse micro-batch more weight than
-one in a full one, and the result would depend on how the batch was cut. So the sum is divided by one number for all ranks and
-micro-batches, *before* the backward pass, and every reduction of gradients is a sum.
+one in a full one, and the result would depend on how the batch was cut. So the sum is divided by one number for all
+ranks and micro-batches, *before* the backward pass, and every reduction of gradients is a sum.
 """
 
 from __future__ import annotations
