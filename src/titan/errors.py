@@ -78,7 +78,7 @@ class StorageError(TitanError):
     exit_code = 73
 
 
-class RanksFailed(TitanError):  # noqa: N818 - reads as the event that it is
+class RanksFailed(TitanError):
     """A rank that this process started ended with an error; takes over that rank's exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: written beside, renamed when complete, the oldest removed after that.
 
 The tensors go through PyTorch's distributed checkpoint, so a run can be resumed on another mesh: every tensor is
-stored under its plain name with its place in the whole. The data needs no state (`titan.data.batch` is a function of the step),
-and neither does the learning rate.
+stored under its plain name with its place in the whole. The data needs no state (`titan.data.batch` is a function of
+the step), and neither does the learning rate.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ The formula for training, for each token:
     6 x (parameters in matrix products)  +  12 x layers x heads x head size x sequence length
 
 The first term counts 2 operations a weight in the forward pass and 4 in the backward pass; the embedding is a
-look-up and does not count, the output projection does, tied or not. The second counts both products of attention over the whole
-sequence, although a causal mask needs only half of it: that is the convention of PaLM, Megatron and TorchTitan, so
-figures can be compared. Operations that activation checkpointing repeats do not count.
+look-up and does not count, the output projection does, tied or not. The second counts both products of attention over
+the whole sequence, although a causal mask needs only half of it: that is the convention of PaLM, Megatron and
+TorchTitan, so figures can be compared. Operations that activation checkpointing repeats do not count.
 
 Source:
     PaLM, https://arxiv.org/abs/2204.02311, appendix B.
