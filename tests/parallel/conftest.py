@@ -1,0 +1,48 @@
+"""Pools of ranks, the data they train on, and the one process that all layouts are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from titan.verify import Record
+
+from .layouts import make_packed, record_layout
+from .pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], RankPool]]:
+    """A pool of ranks of each size, made when first asked for."""
+    made: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in made:
+            made[world_size] = RankPool(world_size)
+        return made[world_size]
+
+    yield pool
+    for each in made.values():
+        each.close()
+
+
+@pytest.fixture(scope="session")
+def packed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens with some structure, as the data of every layout."""
+    return make_packed(tmp_path_factory.mktemp("data") / "tokens.bin")
+
+
+@pytest.fixture(scope="session")
+def record(pools: Callable[[int], RankPool], packed_file: Path) -> Callable[..., Record]:
+    """Train a layout and return its record; the same overrides are trained once."""
+    known: dict[tuple[str, ...], Record] = {}
+
+    def run(world_size: int, *overrides: str) -> Record:
+        key = (str(world_size), *overrides)
+        if key not in known:
+            known[key] = pools(world_size).run(record_layout, world_size, overrides, packed_file)[0]
+        return known[key]
+
+    return run

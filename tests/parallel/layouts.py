@@ -1,0 +1,60 @@
+"""A small Llama, small data, and what a rank does with them. Everything here runs inside a pool's ranks too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from titan.config.check import check_config
+from titan.config.degrees import Machine
+from titan.config.load import compose
+from titan.config.schema import TitanConfig
+from titan.data.packing import PackedTokens, token_dtype
+from titan.verify import Record, record_run
+
+SMALL = (
+    "model.dim=32",
+    "model.n_layers=4",
+    "model.n_heads=8",
+    "model.n_kv_heads=4",
+    "model.ffn_dim=64",
+    "model.vocab_size=320",
+    "training.steps=3",
+    "training.seq_len=32",
+    "training.local_batch_size=2",
+    "training.global_batch_size=8",
+    "optimizer.lr=5e-3",
+    "lr_scheduler.warmup_steps=2",
+    "checkpoint=disabled",
+    "run.dir=unused",
+)
+"""Fewer kv heads than heads; a global batch that every data degree up to 4 divides."""
+
+TOKENS = 20_011
+"""No multiple of the row length, so that the last row is padded."""
+
+
+def make_packed(path: Path, vocab_size: int = 258) -> Path:
+    """Write tokens that a model can learn something from: noisy counting."""
+    generator = np.random.default_rng(0)
+    steps = generator.integers(1, 4, TOKENS)
+    (np.cumsum(steps) % vocab_size).astype(token_dtype(vocab_size)).tofile(path)
+    return path
+
+
+def open_packed(path: Path, vocab_size: int = 258) -> PackedTokens:
+    """Return the tokens that `make_packed` wrote."""
+    return PackedTokens(path, TOKENS, 1, TOKENS, {}, TOKENS, vocab_size)
+
+
+def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
+    """Compose, check and resolve the small config for a layout."""
+    config = compose([*SMALL, f"cluster.devices_per_node={world_size}", *overrides])
+    return check_config(config, Machine())
+
+
+def record_layout(world_size: int, overrides: tuple[str, ...], packed: Path) -> Record | None:
+    """Train a layout as this rank."""
+    return record_run(layout_config(world_size, overrides), torch.device("cpu"), open_packed(packed))

@@ -1,0 +1,86 @@
+"""Ranks that stay alive between tests: importing torch in four processes takes longer than most tests do.
+
+Each job gets a process group of its own over gloo and leaves none behind.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class RankPool:
+    """`world_size` processes, each one thread, that run functions together.
+
+    A function is sent by name, so it has to live in a module.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.world_size = world_size
+        self.pipes = []
+        self.processes = []
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
+        """Run a function on every rank, inside a process group; returns what each rank returned.
+
+        Raises:
+            AssertionError: With the traceback of the first rank that raised, or if a rank did not answer in time.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in self.pipes:
+                pipe.send((function, arguments, f"{folder}/store"))
+            answers = []
+            for rank, pipe in enumerate(self.pipes):
+                if not pipe.poll(timeout):
+                    self.close()
+                    raise AssertionError(f"rank {rank} did not answer in {timeout} s")
+                answers.append(pipe.recv())
+        errors = [text for ok, text in answers if not ok]
+        if errors:
+            raise AssertionError("\n".join(errors))
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, world_size: int, pipe: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, arguments, store = pipe.recv()
+        except EOFError:
+            return
+        try:
+            dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
+            try:
+                answer = (True, function(*arguments))
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
+        pipe.send(answer)
