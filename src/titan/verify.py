@@ -70,7 +70,8 @@ def record_run(config: TitanConfig, device: torch.device, packed: PackedTokens) 
             parameters,
             trainer.optimizer,
             config.training.max_grad_norm,
-            trainer.mesh.batch_group,
+            trainer.mesh.loss_group,
+            trainer.mesh.group("pp"),
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)

@@ -10,11 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from titan.config.degrees import Machine, data_degree, resolve_config
+from titan.config.degrees import Machine, data_degree, resolve_config, stages_per_rank
 from titan.config.files import find_files
 from titan.config.schema import (
     ActivationCheckpointMode,
     CheckpointMode,
+    ContextMethod,
     DataKind,
     Device,
     Float8Recipe,
@@ -70,6 +71,9 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "training.max_grad_norm": 0,
             "training.gc_interval": 1,
             "cluster.timeout_seconds": 1,
+            "parallelism.pp_stages_per_rank": 1,
+            "parallelism.pp_less_first": 0,
+            "parallelism.pp_less_last": 0,
             "data.num_workers": 0,
             "optimizer.lr": 0,
             "optimizer.weight_decay": 0,
@@ -154,15 +158,80 @@ def check_global_batch(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
-def check_axes(config: TitanConfig) -> Iterator[Problem]:
-    """Only axes that titan can build."""
-    for axis in ("pp", "cp", "tp"):
-        degree = getattr(config.parallelism, axis)
-        if degree > 1:
+def check_tensor_parallel(config: TitanConfig) -> Iterator[Problem]:
+    """Every tensor-parallel rank gets the same whole share."""
+    model, tp = config.model, config.parallelism.tp
+    sizes = {"n_kv_heads": model.n_kv_heads, "ffn_dim": model.ffn_dim, "vocab_size": model.vocab_size}
+    allowed = [n for n in _divisors(model.n_kv_heads) if not any(size % n for size in sizes.values())]
+    for name, size in sizes.items():
+        if size % tp:
             yield Problem(
-                f"parallelism.{axis} = {degree}: this version trains along dp_replicate and dp_shard only",
-                suggestion=f"parallelism.{axis}=1 parallelism.dp_shard=-1",
+                f"parallelism.tp = {tp} does not divide model.{name} = {size}   (model={model.name})",
+                f"Each tensor-parallel rank needs a whole share. Allowed here: {_listed(allowed)}.",
+                f"parallelism.tp={_nearest(allowed, tp)}",
             )
+
+
+def check_sequence_shares(config: TitanConfig) -> Iterator[Problem]:
+    """Every rank that shares a sequence gets the same whole share of it."""
+    settings, seq_len = config.parallelism, config.training.seq_len
+    parts = settings.cp * (2 if settings.cp > 1 and settings.cp_head_tail else 1)
+    reason = f"cp {settings.cp}" + (" x 2 chunks" if parts > settings.cp else "")
+    if settings.tp > 1 and settings.sequence_parallel:
+        parts *= settings.tp
+        reason += f" x tp {settings.tp}"
+    if seq_len % parts:
+        yield Problem(
+            f"training.seq_len = {seq_len} is not a multiple of {parts}",
+            f"The sequence is cut over {reason}.",
+            f"training.seq_len={max(1, round(seq_len / parts)) * parts}",
+        )
+    if settings.cp > 1 and settings.cp_method is ContextMethod.all_to_all:
+        heads = config.model.n_kv_heads // settings.tp
+        if heads % settings.cp:
+            yield Problem(
+                f"parallelism.cp = {settings.cp} does not divide the {heads} kv heads of a rank",
+                "parallelism.cp_method=all_to_all gives each rank whole heads.",
+                "parallelism.cp_method=allgather",
+            )
+
+
+def check_pipeline(config: TitanConfig) -> Iterator[Problem]:
+    """Every stage has a block, and the schedule has micro-batches to work with."""
+    settings, rows = config.parallelism, config.training.local_batch_size
+    if settings.pp == 1:
+        return
+    schedule = settings.pp_schedule.name
+    stages = settings.pp * stages_per_rank(settings)
+    weight = config.model.n_layers + settings.pp_less_first + settings.pp_less_last
+    ends = max(settings.pp_less_first, settings.pp_less_last)
+    if weight // stages < 1 + ends:
+        yield Problem(
+            f"{config.model.n_layers} blocks do not fill {stages} pipeline stages ({schedule})",
+            "Every stage needs a block; the first and the last have fewer, by pp_less_first and pp_less_last.",
+            f"parallelism.pp={max(1, settings.pp // 2)}   or  parallelism.pp_less_first=0 parallelism.pp_less_last=0",
+        )
+    if config.model.tie_embeddings:
+        yield Problem(
+            f"parallelism.pp = {settings.pp}, but model.tie_embeddings = true",
+            "The embedding and the output projection lie on different stages and cannot share their weights.",
+            "parallelism.pp=1   or  model.tie_embeddings=false",
+        )
+    pieces = rows if settings.pp_microbatches == -1 else settings.pp_microbatches
+    if pieces < 1 or rows % pieces:
+        yield Problem(
+            f"parallelism.pp_microbatches = {pieces} does not divide training.local_batch_size = {rows}",
+            f"Each is a whole number of rows. Allowed here: {_listed(_divisors(rows))}.",
+            f"parallelism.pp_microbatches={rows}",
+        )
+    elif pieces < settings.pp or (schedule not in ("GPipe", "1F1B") and pieces % settings.pp):
+        least = settings.pp * max(1, -(-pieces // settings.pp))
+        rule = f"at least {settings.pp}" if schedule in ("GPipe", "1F1B") else f"a multiple of {settings.pp}"
+        yield Problem(
+            f"{pieces} pipeline microbatches are too few or uneven for pp {settings.pp} with {schedule}",
+            f"{schedule} needs {rule}; by default every row of a micro-batch is one.",
+            f"training.local_batch_size={least}",
+        )
 
 
 def check_data(config: TitanConfig) -> Iterator[Problem]:
@@ -306,5 +375,10 @@ RULES: tuple[Rule, ...] = (
 )
 """Rules that hold for any layout."""
 
-RULES_OF_LAYOUT: tuple[Rule, ...] = (check_axes, check_global_batch)
+RULES_OF_LAYOUT: tuple[Rule, ...] = (
+    check_tensor_parallel,
+    check_sequence_shares,
+    check_pipeline,
+    check_global_batch,
+)
 """Rules that need resolved degrees, so they wait until those are known to be right."""

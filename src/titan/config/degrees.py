@@ -51,6 +51,14 @@ def accumulation_steps(config: TitanConfig) -> int:
     return config.training.global_batch_size // rows
 
 
+def stages_per_rank(parallelism: ParallelismConfig) -> int:
+    """Return how many pipeline stages each rank has: one, two in the V schedules, or as many as the config says."""
+    schedule = parallelism.pp_schedule.name
+    if schedule in ("GPipe", "1F1B"):
+        return 1
+    return 2 if schedule in ("ZBVZeroBubble", "DualPipeV") else parallelism.pp_stages_per_rank
+
+
 def describe_degrees(parallelism: ParallelismConfig) -> str:
     """Return the degrees as text: pp 1 x dp_replicate 1 x ..."""
     return " x ".join(f"{axis} {getattr(parallelism, axis)}" for axis in AXES)

@@ -73,6 +73,21 @@ class ReshardAfterForward(Enum):
     never = "never"
 
 
+class ContextMethod(Enum):
+    """How ranks that share a sequence attend to each other's part of it."""
+
+    allgather = "allgather"
+    ring = "ring"
+    all_to_all = "all_to_all"
+
+
+PipelineSchedule = Enum(
+    "PipelineSchedule",
+    ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"],
+)
+"""In which order a pipeline works; the names are PyTorch's."""
+
+
 class CheckpointMode(Enum):
     """How checkpoints are written."""
 
@@ -193,6 +208,24 @@ class ParallelismConfig:
     """Ranks that share one weight matrix."""
     reshard_after_forward: ReshardAfterForward = ReshardAfterForward.default
     """Whether FSDP frees gathered weights after the forward pass; default is always, but never with a pipeline."""
+    sequence_parallel: bool = True
+    """With tp: cut what lies between the matrices along the sequence too; saves memory at the same traffic."""
+    loss_parallel: bool = True
+    """With tp: compute the loss without gathering the logits."""
+    cp_method: ContextMethod = ContextMethod.allgather
+    """With cp: fetch all keys and values, pass them around a ring, or exchange sequence for heads."""
+    cp_head_tail: bool = True
+    """With cp: give each rank a chunk from the head and one from the tail, so that a causal mask costs all the same."""
+    pp_schedule: PipelineSchedule = PipelineSchedule["1F1B"]
+    """With pp: the order of forward and backward passes."""
+    pp_microbatches: int = -1
+    """With pp: into how many pieces a micro-batch is cut on its way through the stages; -1 is one row each."""
+    pp_stages_per_rank: int = 2
+    """With pp and a looped schedule (Interleaved1F1B, LoopedBFS, InterleavedZeroBubble): stages of each rank."""
+    pp_less_first: int = 1
+    """With pp: blocks that the embedding counts for when blocks are shared out."""
+    pp_less_last: int = 1
+    """With pp: blocks that the last norm and the output projection count for when blocks are shared out."""
 
 
 @dataclass

@@ -33,6 +33,10 @@ class Batch:
         """Copy to a device."""
         return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
 
+    def at(self, positions: Tensor | None) -> Batch:
+        """Keep some positions of every row; None keeps all. Shape: positions (N,) -> tokens, labels (B, N)."""
+        return self if positions is None else Batch(self.tokens[:, positions], self.labels[:, positions])
+
     def pin_memory(self) -> Batch:
         """Copy to memory from which a GPU can fetch by itself; DataLoader calls this."""
         return Batch(self.tokens.pin_memory(), self.labels.pin_memory())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -82,7 +81,7 @@ class Source:
             record = json.loads(line)
         except UnicodeDecodeError as error:
             return self._refuse(f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "not UTF-8")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return self._refuse(f"{where}: broken JSON ({error})", "broken JSON")
         if not isinstance(record, dict) or name not in record:
             there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
@@ -120,30 +119,68 @@ def open_source(config: DataConfig) -> Source:
 
 _UNREADABLE = (OSError, EOFError, zstandard.ZstdError, gzip.zlib.error)  # type: ignore[attr-defined]
 _BLOCK_BYTES = 1 << 20
+_ZSTD_BYTES = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
 
 
 def _open_blocks(file: Path) -> Iterator[bytes]:
-    stream = _open(file)
-    with stream:
+    with _open(file) as stream:
         while block := stream.read(_BLOCK_BYTES):
             yield block
 
 
 def _open_lines(file: Path) -> Iterator[bytes]:
-    with io.BufferedReader(_open(file), _BLOCK_BYTES) as stream:  # type: ignore[arg-type]
+    with io.BufferedReader(_open(file), _BLOCK_BYTES) as stream:
         yield from stream
 
 
-def _open(file: Path) -> io.BufferedIOBase:
+def _open(file: Path) -> io.RawIOBase:
     if file.suffix == ".gz":
         return gzip.open(file, "rb")  # type: ignore[return-value]
     if file.suffix == ".zst":
-        opened = file.open("rb")
-        if os.path.getsize(file) == 0:
-            return opened
-        # a file may hold several frames, one after the other
-        return zstandard.ZstdDecompressor().stream_reader(opened, read_across_frames=True, closefd=True)  # type: ignore[return-value]
-    return file.open("rb")
+        return _ZstdFile(file)
+    return file.open("rb", buffering=0)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Any number of zstd frames, one after the other.
+
+    zstandard's own stream reader is not used: it takes a file that was cut short for its end, and what is missing
+    would be dropped in silence.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("rb")
+        self._frame = None
+        self._compressed = b""
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        self._plain = self._plain or memoryview(self._decompress())
+        part, self._plain = self._plain[: len(buffer)], self._plain[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _decompress(self) -> bytes:
+        while True:
+            self._compressed = self._compressed or self._file.read(_ZSTD_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return b""
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            plain = self._frame.decompress(self._compressed)
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+            if plain:
+                return plain
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,8 @@ Source:
 
 from __future__ import annotations
 
+import re
+
 from titan.config.schema import Dtype, ModelConfig
 
 PEAK_TFLOPS = {
@@ -24,6 +26,7 @@ PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.0,
     "H200": 989.0,
+    "GH200": 989.0,
     "H20": 148.0,
     "B200": 2250.0,
     "GB200": 2500.0,
@@ -65,8 +68,10 @@ def peak_tflops(device_name: str, dtype: Dtype) -> float | None:
     """
     if dtype is not Dtype.bfloat16:
         return None
-    name = device_name.lower()
-    fitting = [key for key in PEAK_TFLOPS if key.lower() in name]
+    # As a word of its own, or an RTX A1000 would have the peak of an A100.
+    fitting = [
+        key for key in PEAK_TFLOPS if re.search(rf"(?<![A-Z0-9]){key}(?![0-9])", device_name, flags=re.IGNORECASE)
+    ]
     return PEAK_TFLOPS[max(fitting, key=len)] if fitting else None
 
 

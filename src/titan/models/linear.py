@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -35,11 +36,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Shape:
         x: (..., I). weight: (O, I). Returns (..., O).
     """
-    # Exact types, not isinstance: a DTensor has no sharding rule for oneDNN's operator.
-    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    if _HAS_ONEDNN and plain and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32:
+    if _HAS_ONEDNN and _is_for_onednn(x, weight):
         return _OneDnnLinear.apply(x, weight)  # type: ignore[return-value]
     return F.linear(x, weight)
+
+
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+    # Exact types, not isinstance: a DTensor has no sharding rule for oneDNN's operator.
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    return (
+        plain
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.ndim > 1
+        and x.numel() > 0  # oneDNN has no product over nothing, which is the weight's gradient then
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -49,6 +61,7 @@ class _OneDnnLinear(torch.autograd.Function):
         return _product(x, weight)
 
     @staticmethod
+    @once_differentiable  # the operator has no derivative of its own, and PyTorch would silently take it for zero
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         grad_x = _product(grad, weight.t()) if ctx.needs_input_grad[0] else None
@@ -59,6 +72,18 @@ class _OneDnnLinear(torch.autograd.Function):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    flat = torch.ops.mkldnn._linear_pointwise(a.flatten(0, -2), b, None, "none", [], "")
+    flat = _multiply(a.flatten(0, -2), b)
     # As aten::matmul does: the result is no view to autograd, or FSDP would warn of writing into it.
     return torch.ops.aten._unsafe_view(flat, (*a.shape[:-1], b.shape[0]))
+
+
+# An operator of our own around oneDNN's, so that the compiler looks no further: Inductor takes the weight of
+# mkldnn::_linear_pointwise to be a constant (its lowering asserts it, 2.13), which no weight in training is.
+@torch.library.custom_op("titan::multiply", mutates_args=(), device_types="cpu")
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+
+@_multiply.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0])

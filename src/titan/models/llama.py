@@ -15,10 +15,27 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from titan.config.schema import ModelConfig
 from titan.models.linear import Linear
 from titan.models.rope import apply_rope, build_rope_cache
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return causal attention of queries that stand at the end of the keys.
+
+    Shape:
+        q: (B, H, Q, E). k, v: (B, K, S, E), Q <= S and K divides H. Returns (B, H, Q, E).
+    """
+    queries, keys, heads, kv_heads = q.shape[2], k.shape[2], q.shape[1], k.shape[1]
+    if q.device.type == "cpu" and kv_heads != heads:
+        # The CPU's fused kernel takes no grouped heads; PyTorch would fall back to materialising the scores.
+        k, v = k.repeat_interleave(heads // kv_heads, 1), v.repeat_interleave(heads // kv_heads, 1)
+    grouped = k.shape[1] != heads
+    if queries == keys:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys), enable_gqa=grouped)
 
 
 class CausalAttention(nn.Module):
@@ -30,11 +47,7 @@ class CausalAttention(nn.Module):
         Shape:
             q: (B, H, S, E). k, v: (B, K, S, E). Returns (B, H, S, E).
         """
-        if q.device.type == "cpu" and k.shape[1] != q.shape[1]:
-            # The CPU's fused kernel takes no grouped heads; PyTorch would fall back to materialising the scores.
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return attend(q, k, v)
 
 
 class Attention(nn.Module):
@@ -113,6 +126,8 @@ class Llama(nn.Module):
         self.norm: nn.Module | None = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.output: nn.Module | None = Linear(config.dim, config.vocab_size)
         self.register_buffer("rope", torch.empty(seq_len, 0, 2), persistent=False)
+        self.positions: Tensor | None = None
+        """Where the tokens that `forward` gets stand in their row, if not at 0, 1, 2, ...: (S,) int64."""
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -126,20 +141,26 @@ class Llama(nn.Module):
     def init_buffers(self, device: torch.device | str) -> None:
         """Compute the rotary angles; a model built on meta has none."""
         self.rope = build_rope_cache(self.config, self.seq_len, device)
+        if self.positions is not None:
+            self.positions = self.positions.to(device)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Predict the next token at every position.
 
         Args:
             tokens: Token ids; in a pipeline stage without the embedding, the hidden states of the stage before.
-            positions: Where each token stands in its document; None counts from 0.
+            positions: Where each token stands in its document; None takes `self.positions`, or counts from 0.
 
         Shape:
             tokens: (B, S) int64, or (B, S, D). positions: (S,) or (B, S). Returns (B, S, V), or (B, S, D) from a
             stage without the output.
         """
         x = self.tok_embeddings(tokens) if self.tok_embeddings is not None else tokens
-        rope = self.rope[: x.shape[1]] if positions is None else self.rope[positions]
+        positions = self.positions if positions is None else positions
+        if positions is not None:
+            rope = self.rope[positions]
+        else:  # hidden states may be cut along the sequence, tokens never are
+            rope = self.rope[: tokens.shape[1]] if self.tok_embeddings is not None else self.rope
         for block in self.layers.values():
             x = block(x, rope)
         x = self.norm(x) if self.norm is not None else x

@@ -12,9 +12,11 @@ from titan.models.init import draw_rows
 from titan.models.llama import Llama
 from titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan.parallel.compile import apply_compile
+from titan.parallel.context import apply_context_parallel
 from titan.parallel.float8 import apply_float8
 from titan.parallel.fsdp import apply_fsdp
 from titan.parallel.mesh import Mesh
+from titan.parallel.tensor import apply_tensor_parallel
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
@@ -31,11 +33,22 @@ def apply_parallelism(model: Llama, config: TitanConfig, mesh: Mesh, device: tor
         result = apply_float8(model, config.float8, device)
         done.append(f"float8 {config.float8.recipe.name} on {len(result.converted)} linears")
         done += [f"float8 leaves {name}: {reason}" for name, reason in result.skipped.items()]
+    # Context parallelism exchanges the module between a block's matrices, tensor parallelism cuts those matrices.
+    settings = config.parallelism
+    if settings.cp > 1:
+        apply_context_parallel(model, mesh.group("cp"), settings.cp_method, settings.cp_head_tail)
+        done.append(f"context parallel {settings.cp_method.name}{', head-tail balanced' * settings.cp_head_tail}")
+    if settings.tp > 1:
+        apply_tensor_parallel(model, mesh.storage["tp"], settings.sequence_parallel, settings.loss_parallel)
+        done.append(
+            f"tensor parallel, sequence parallel {_on(settings.sequence_parallel)}, "
+            f"loss parallel {_on(settings.loss_parallel)}"
+        )
     # Activation checkpointing before compile, so that the compiler sees what is recomputed.
-    settings = config.activation_checkpoint
-    if settings.mode is not ActivationCheckpointMode.none:
-        wrapped = apply_activation_checkpoint(model, settings.mode, settings.every)
-        done.append(f"activation checkpointing {settings.mode.name}: {wrapped} of {len(model.layers)} blocks")
+    recompute = config.activation_checkpoint
+    if recompute.mode is not ActivationCheckpointMode.none:
+        wrapped = apply_activation_checkpoint(model, recompute.mode, recompute.every)
+        done.append(f"activation checkpointing {recompute.mode.name}: {wrapped} of {len(model.layers)} blocks")
     # Compile before FSDP, so that its hooks stay outside the graphs.
     if config.compile.enable:
         apply_compile(model, config.compile.backend)
@@ -46,8 +59,8 @@ def apply_parallelism(model: Llama, config: TitanConfig, mesh: Mesh, device: tor
         mesh.fsdp,
         DTYPES[config.training.param_dtype],
         DTYPES[config.training.reduce_dtype],
-        config.parallelism.reshard_after_forward,
-        has_pipeline=config.parallelism.pp > 1,
+        settings.reshard_after_forward,
+        has_pipeline=settings.pp > 1,
     )
     return done
 
@@ -96,6 +109,10 @@ def local_indices(parameter: nn.Parameter) -> tuple[range, range]:
             if dim is not None:
                 indices[dim] = _chunk(indices[dim], mesh.size(axis), coordinates[axis])
     return indices[0], indices[1]
+
+
+def _on(is_on: bool) -> str:
+    return "on" if is_on else "off"
 
 
 def _chunk(whole: range, parts: int, index: int) -> range:

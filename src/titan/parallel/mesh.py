@@ -1,11 +1,12 @@
-"""The device mesh, seen three ways.
+"""The device mesh, seen four ways.
 
     axes      (pp, dp_replicate, dp_shard, cp, tp)   every axis that the config names, outermost first
     storage   (pp, dp_replicate, fsdp, tp)           how weights are laid out: fsdp is dp_shard x cp, because context
                                                      parallel ranks hold the same weights and can share them out
     batch     (pp, batch, cp, tp)                    who sees which rows: batch is dp_replicate x dp_shard
+    loss      (pp, loss, tp)                         who has a share of the loss: loss is dp_replicate x dp_shard x cp
 
-They are three plain meshes over the same ranks in the same order. (PyTorch can flatten dims of one mesh, but
+They are plain meshes over the same ranks in the same order. (PyTorch can flatten dims of one mesh, but
 slicing by a flattened name is deprecated since 2.11.)
 """
 
@@ -22,11 +23,12 @@ from titan.config.schema import ParallelismConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """The three views, and this rank's place in them."""
+    """The four views, and this rank's place in them."""
 
     axes: DeviceMesh
     storage: DeviceMesh
     batch: DeviceMesh
+    loss: DeviceMesh
 
     def degree(self, axis: str) -> int:
         """Return the size of an axis."""
@@ -56,9 +58,9 @@ class Mesh:
         return self.batch["batch"].size()
 
     @property
-    def batch_group(self) -> dist.ProcessGroup:
-        """The ranks that see other rows, with this one."""
-        return self.batch.get_group("batch")
+    def loss_group(self) -> dist.ProcessGroup:
+        """The ranks that see other tokens, with this one."""
+        return self.loss.get_group("loss")
 
 
 def build_mesh(parallelism: ParallelismConfig, device_type: str) -> Mesh:
@@ -74,4 +76,5 @@ def build_mesh(parallelism: ParallelismConfig, device_type: str) -> Mesh:
         batch=init_device_mesh(
             device_type, (pp, dp_replicate * dp_shard, cp, tp), mesh_dim_names=("pp", "batch", "cp", "tp")
         ),
+        loss=init_device_mesh(device_type, (pp, dp_replicate * dp_shard * cp, tp), mesh_dim_names=("pp", "loss", "tp")),
     )

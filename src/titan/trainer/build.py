@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from titan.checkpoint.store import CheckpointStore, NamedParameters, load_weights
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
@@ -20,12 +21,13 @@ from titan.log import logger
 from titan.models.flops import count_parameters, flops_per_token, peak_tflops
 from titan.models.llama import Llama
 from titan.optim.build import build_optimizer
-from titan.parallel.apply import apply_parallelism, init_weights, plain_name
+from titan.parallel.context import positions_of_rank
 from titan.parallel.mesh import Mesh, build_mesh
 from titan.run_directory import RunDirectory
 from titan.trainer.device import device_name
+from titan.trainer.model import build_model
 from titan.trainer.state import TrainState
-from titan.trainer.step import ForwardBackward, build_forward_backward
+from titan.trainer.step import ForwardBackward
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Trainer:
     directory: RunDirectory
     device: torch.device
     mesh: Mesh
-    model: Llama
+    parts: list[Llama]
+    """The model, or this rank's stages of it."""
     parameters: NamedParameters
     """By their names in the bare model."""
     optimizer: torch.optim.Optimizer
@@ -44,6 +47,8 @@ class Trainer:
     packed: PackedTokens
     rows: PackedRows
     share: Share
+    positions: Tensor | None
+    """Which positions of every row this rank has; None for all."""
     store: CheckpointStore | None
     state: TrainState = field(default_factory=TrainState)
 
@@ -67,13 +72,8 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
     if dist.get_world_size() != world_size(config.cluster):
         raise ConfigError(f"the config wants {world_size(config.cluster)} ranks, but {dist.get_world_size()} started")
     mesh = build_mesh(config.parallelism, device.type)
-    with torch.device("meta"):
-        model = Llama(config.model, config.training.seq_len)
-    applied = apply_parallelism(model, config, mesh, device)
-    init_weights(model, config.training.seed, device)
-    model.train()
-    parameters = [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
-    optimizer = build_optimizer(parameters, config.optimizer, device)
+    model = build_model(config, mesh, device)
+    optimizer = build_optimizer(model.parameters, config.optimizer, device)
     tokenizer = build_tokenizer(config.tokenizer)
     rows = PackedRows(packed, config.training.seq_len, padding=tokenizer.eos)
     order = RowOrder(len(rows), config.training.global_batch_size, config.training.seed)
@@ -86,18 +86,26 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
         directory,
         device,
         mesh,
-        model,
-        parameters,
+        model.parts,
+        model.parameters,
         optimizer,
-        build_forward_backward(model),
+        model.forward_backward,
         packed,
         rows,
         Share(order, config.training.local_batch_size, mesh.data_rank, mesh.data_ranks),
+        _positions(config, mesh),
         store,
     )
-    for line in describe_trainer(trainer, applied):
+    for line in describe_trainer(trainer, model.applied):
         logger.info(line)
     return trainer
+
+
+def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
+    ranks = config.parallelism.cp
+    if ranks == 1:
+        return None
+    return positions_of_rank(config.training.seq_len, ranks, mesh.coordinate("cp"), config.parallelism.cp_head_tail)
 
 
 def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:

@@ -56,7 +56,8 @@ def fit(trainer: Trainer) -> float | None:
                 parameters,
                 trainer.optimizer,
                 config.training.max_grad_norm,
-                trainer.mesh.batch_group,
+                trainer.mesh.loss_group,
+                trainer.mesh.group("pp"),
             )
             state.step += 1
             state.tokens += trainer.tokens_per_step
@@ -103,7 +104,7 @@ def steps_of_batches(trainer: Trainer, meter: Meter) -> Iterator[list[Batch]]:
     )
     while True:
         start = time.perf_counter()
-        batches = [next(loader).to(trainer.device) for _ in range(accumulation_steps(config))]
+        batches = [next(loader).at(trainer.positions).to(trainer.device) for _ in range(accumulation_steps(config))]
         meter.data_seconds += time.perf_counter() - start
         yield batches
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from titan.data.loader import Batch
 from titan.errors import NonFiniteError
 from titan.optim.clip import clip_gradients, global_grad_norm
-from titan.trainer.loss import count_valid_tokens, cross_entropy_share
+from titan.trainer.loss import LossSum, count_valid_tokens, loss_share
 
 ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
 """Micro-batches and the count of valid tokens in; gradients accumulated, this rank's share of the loss out.
@@ -32,7 +32,7 @@ class StepResult:
     """Global gradient norm before clipping."""
 
 
-def build_forward_backward(model: nn.Module) -> ForwardBackward:
+def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackward:
     """Return the seam for a model that runs whole: one micro-batch after the other."""
 
     def run(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def build_forward_backward(model: nn.Module) -> ForwardBackward:
             if isinstance(model, FSDPModule):
                 # Gradients travel once a step, after the last micro-batch.
                 model.set_requires_gradient_sync(index == len(batches) - 1)
-            loss = cross_entropy_share(model(batch.tokens), batch.labels, valid_tokens)
+            loss = loss_share(model(batch.tokens), batch.labels, valid_tokens, loss_sum)
             loss.backward()
             total += loss.detach()
         return total
@@ -55,19 +55,31 @@ def train_step(
     parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
-    batch_group: dist.ProcessGroup,
+    loss_group: dist.ProcessGroup,
+    stage_group: dist.ProcessGroup,
 ) -> StepResult:
     """Do one step on this rank's micro-batches.
+
+    Args:
+        batches: This rank's micro-batches.
+        forward_backward: Runs them.
+        parameters: This rank's.
+        optimizer: Over the same parameters.
+        max_grad_norm: See `clip_gradients`.
+        loss_group: The ranks that see other tokens.
+        stage_group: The ranks that have other stages of the model.
 
     Raises:
         NonFiniteError: If the loss or the gradient norm is not finite, before any weight has moved. Both are global,
             so all ranks raise together.
     """
     optimizer.zero_grad()
-    valid_tokens = count_valid_tokens([batch.labels for batch in batches], batch_group)
+    valid_tokens = count_valid_tokens([batch.labels for batch in batches], loss_group)
     loss = forward_backward(batches, valid_tokens)
-    dist.all_reduce(loss, group=batch_group)
-    norm = global_grad_norm(parameters, loss.device)
+    dist.all_reduce(loss, group=loss_group)
+    if stage_group.size() > 1:  # only the last stage knows it
+        dist.all_reduce(loss, group=stage_group)
+    norm = global_grad_norm(parameters, loss.device, stage_group)
     result = StepResult(*torch.stack((loss, norm)).tolist())
     for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
         if not abs(value) < float("inf"):

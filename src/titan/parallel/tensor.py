@@ -1,0 +1,208 @@
+"""Tensor parallelism: every matrix of a block is cut over the ranks of `tp`.
+
+    attention     wq wk wv by rows (a rank has some heads), wo by columns
+    feed-forward  w1 w3 by rows, w2 by columns
+    embedding     by words;  output  by words
+
+Between a matrix cut by rows and one cut by columns nothing has to travel, so a block costs two exchanges forward
+and two backward. With sequence parallelism what lies between the blocks (norms, residuals) is cut along the
+sequence: the sums become reduce-scatters, the copies all-gathers, at the same volume and with less memory.
+
+The weights become DTensors on the mesh, which FSDP and checkpoints understand; the computation sees plain local
+tensors, so that it keeps its fast kernels and pays for no dispatch. A module that was cut is of a subclass of its own
+class that computes with the local part, as FSDP2 does for whole modules.
+
+Source:
+    Megatron-LM, https://arxiv.org/abs/1909.08053; sequence parallelism, https://arxiv.org/abs/2205.05198.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from titan.data.batch import IGNORED_LABEL
+from titan.models.linear import Linear, linear
+from titan.models.llama import Llama, TransformerBlock
+from titan.parallel.collectives import (
+    all_reduce,
+    copy_to_ranks,
+    gather,
+    gather_same_use,
+    scatter_sum,
+    sum_over_ranks,
+)
+
+_SEQUENCE = 1  # of (B, S, D)
+
+
+def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
+    """Cut the weights over the ranks and put the exchanges between them, in place.
+
+    Args:
+        model: On meta, its blocks not yet wrapped.
+        mesh: One dim.
+        sequence_parallel: Whether what lies between the blocks is cut along the sequence.
+        loss_parallel: Whether the logits stay cut by words; the loss then has to be `VocabParallelLoss`.
+    """
+    group = mesh.get_group()
+    enter = _enter(group, sequence_parallel)
+    leave = _leave(group, sequence_parallel)
+    norm_gradient: Placement = Partial() if sequence_parallel else Replicate()
+    if model.tok_embeddings is not None:
+        _cut(model.tok_embeddings, mesh, Shard(0))
+        model.tok_embeddings.register_forward_hook(leave)
+    for block in model.layers.values():
+        block = cast(TransformerBlock, block)
+        _cut(block.attention_norm, mesh, Replicate(), norm_gradient)
+        block.attention.register_forward_pre_hook(enter)
+        for linear in (block.attention.wq, block.attention.wk, block.attention.wv):
+            _cut(linear, mesh, Shard(0))
+        _cut(block.attention.wo, mesh, Shard(1))
+        block.attention.wo.register_forward_hook(leave)
+        _cut(block.ffn_norm, mesh, Replicate(), norm_gradient)
+        block.feed_forward.register_forward_pre_hook(enter)
+        _cut(block.feed_forward.w1, mesh, Shard(0))
+        _cut(block.feed_forward.w3, mesh, Shard(0))
+        _cut(block.feed_forward.w2, mesh, Shard(1))
+        block.feed_forward.w2.register_forward_hook(leave)
+    if model.norm is not None:
+        _cut(model.norm, mesh, Replicate(), norm_gradient)
+    if model.output is not None:
+        _cut(model.output, mesh, Shard(0))
+        model.output.register_forward_pre_hook(enter)
+        if not loss_parallel:
+            model.output.register_forward_hook(lambda module, inputs, out: gather_same_use(out, out.ndim - 1, group))
+    model.tie_weights()
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of cross-entropies of logits that are cut by words, the same on every rank.
+
+    Three small reductions forward, none backward; no rank ever sees all words.
+
+    Shape:
+        logits: (N, V/tp), any float dtype; computed in float32. labels: (N,). Returns ().
+    """
+    return cast(Tensor, _VocabParallelCrossEntropy.apply(logits.float(), labels, group))
+
+
+def _enter(group: dist.ProcessGroup, sequence_parallel: bool) -> Callable[..., Any]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = inputs
+        x = gather(x, _SEQUENCE, group) if sequence_parallel else copy_to_ranks(x, group)
+        return (x, *others)
+
+    return hook
+
+
+def _leave(group: dist.ProcessGroup, sequence_parallel: bool) -> Callable[..., Any]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
+        return scatter_sum(out, _SEQUENCE, group) if sequence_parallel else sum_over_ranks(out, group)
+
+    return hook
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement, gradient: Placement | None = None) -> None:
+    """Make the weight a DTensor and let the module compute with its local part.
+
+    Args:
+        module: Has a `weight` on meta.
+        mesh: One dim.
+        placement: Of the weight.
+        gradient: Of the local part's gradient, where that is not the weight's own.
+    """
+    weight = module._parameters["weight"]
+    assert weight is not None, "there is a weight"
+    local = weight.detach()
+    if isinstance(placement, Shard):
+        local = local.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].contiguous()
+    distributed = DTensor.from_local(
+        local, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+    module._parameters["weight"] = nn.Parameter(distributed)
+    own = type(module)
+    mixin = next((mixin for kind, mixin in _LOCAL.items() if own is kind), _LocalModule)
+    module.__class__ = type(f"TensorParallel{own.__name__}", (mixin, own), {})
+    cut = cast(_LocalModule, module)
+    cut.group, cut.gradient = mesh.get_group(), gradient if gradient is not None else placement
+
+
+class _LocalModule(nn.Module):
+    """A module that computes with the local part of its weight, whatever its own forward does with it."""
+
+    group: dist.ProcessGroup
+    gradient: Placement
+
+    def local_weight(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert isinstance(weight, DTensor), "cut over the ranks"
+        return weight.to_local(grad_placements=[self.gradient])
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        self._parameters["weight"] = cast(nn.Parameter, self.local_weight())
+        try:
+            return super().forward(*inputs)
+        finally:
+            self._parameters["weight"] = weight
+
+
+class _LocalLinear(_LocalModule):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return linear(x, self.local_weight())
+
+
+class _LocalNorm(_LocalModule):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        norm = cast(nn.RMSNorm, self)
+        return F.rms_norm(x, norm.normalized_shape, self.local_weight(), norm.eps)
+
+
+class _LocalEmbedding(_LocalModule):
+    """Looks up the words that this rank has and gives zeros for the others, to be summed over ranks."""
+
+    def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+        weight = self.local_weight()
+        local = tokens - self.group.rank() * weight.shape[0]
+        elsewhere = (local < 0) | (local >= weight.shape[0])
+        return F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)
+
+
+_LOCAL: dict[type, type[_LocalModule]] = {
+    Linear: _LocalLinear,
+    nn.RMSNorm: _LocalNorm,
+    nn.Embedding: _LocalEmbedding,
+}
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        highest = all_reduce(logits.max(-1).values, group, "max")
+        shifted = logits - highest.unsqueeze(-1)
+        local = labels - group.rank() * logits.shape[-1]
+        elsewhere = (local < 0) | (local >= logits.shape[-1])
+        local = local.masked_fill(elsewhere, 0)
+        target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
+        probabilities = shifted.exp()
+        # both sums in one exchange
+        sums, target = all_reduce(torch.stack((probabilities.sum(-1), target)), group).unbind(0)
+        counts = labels != IGNORED_LABEL
+        probabilities /= sums.unsqueeze(-1)
+        ctx.save_for_backward(probabilities, local, elsewhere, counts)
+        return ((sums.log() - target) * counts).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        probabilities, local, elsewhere, counts = ctx.saved_tensors
+        ones = torch.where(elsewhere, 0.0, 1.0).unsqueeze(-1)
+        gradient = probabilities.scatter_add(-1, local.unsqueeze(-1), -ones)
+        return gradient * (grad * counts).unsqueeze(-1), None, None
