@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test check format clean
+.PHONY: train test test-slow check format clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m titan.train
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

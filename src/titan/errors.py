@@ -16,6 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as a shell reports it."""
+
 
 @dataclass(frozen=True)
 class Problem:

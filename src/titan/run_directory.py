@@ -68,6 +68,11 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
 
+    def is_complete(self, steps: int) -> bool:
+        """Whether the run has come to its end, and that was not before `steps`."""
+        status = self.read_status()
+        return status.get("state") == "complete" and status.get("step", 0) >= steps
+
     def write_status(self, state: str, why: str = "", **details: Any) -> None:
         """Replace status.json: `state` is complete, running, preempted or failed."""
         text = json.dumps({"state": state, "why": why, "time": utc_now(), **details}, indent=2)

@@ -8,8 +8,10 @@ All of Hydra's own flags work; its errors become titan's: one message, exit code
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,21 +20,25 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from titan.config.check import check_config
 from titan.config.degrees import world_size
 from titan.config.load import (
     COMPOSITION_ERRORS,
     CONFIG_NAME,
+    HYDRA_VERSION,
+    compose_untyped,
     conf_dir,
     explain_composition,
+    points_of_sweep,
     register_schema,
     to_typed,
 )
 from titan.config.schema import TitanConfig
-from titan.errors import ConfigError, TitanError
+from titan.errors import INTERRUPTED, ConfigError, Problem, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import current_machine, current_rank
 from titan.launch.local import launch_local
@@ -53,11 +59,14 @@ def main() -> None:
     """Run the command line and exit with the code that `titan.errors` documents."""
     start_logging()
     outcomes: list[Outcome] = []
+    is_composed = False
 
     def run(composed: DictConfig) -> float | None:
+        nonlocal is_composed
+        is_composed = True
         with _hydra_shows_tracebacks(None):
             try:
-                outcomes.append(run_point(composed))
+                outcomes.append(run_point(composed, arguments))
             except TitanError as error:  # Hydra would announce it with a line of its own
                 _exit_with(error)
         return RunDirectory(outcomes[-1].directory).read_status().get("loss")
@@ -65,20 +74,23 @@ def main() -> None:
     register_schema()
     arguments = get_args_parser().parse_args()
     try:
+        if arguments.multirun:
+            check_points(arguments)
         # Without this, Hydra prints its errors and exits with 1 before they reach us.
         with _hydra_shows_tracebacks("1"):
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(run)()
+            hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name=CONFIG_NAME)(run)()
     except TitanError as error:
         _exit_with(error)
-    except COMPOSITION_ERRORS as error:
-        problems = explain_composition(
-            error,
-            arguments.overrides,
-            arguments.config_dir,
-            arguments.config_name or CONFIG_NAME,
-            current_machine(),
-        )
-        _exit_with(ConfigError(list(problems)))
+    except SystemExit as stop:
+        # what Hydra refuses by itself is a mistake in the command
+        sys.exit(ConfigError.exit_code if stop.code == 1 and not is_composed else stop.code)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if is_composed:
+            raise
+        _exit_with(ConfigError(_explain(error, arguments.overrides, arguments)))
     if len(outcomes) > 1:
         for line in summarise(outcomes):
             logger.info(line)
@@ -90,18 +102,48 @@ def main() -> None:
     sys.exit(code)
 
 
-def run_point(composed: DictConfig) -> Outcome:
+def check_points(arguments: Namespace) -> None:
+    """Check every point of a sweep before the first one starts.
+
+    Raises:
+        ConfigError: With the problems of all points, each problem once.
+    """
+    try:
+        points = points_of_sweep(arguments.overrides, arguments.config_dir)
+    except HydraException:
+        return  # unreadable, which Hydra will say; or a sweeper that chooses its points as it goes
+    found: dict[Problem, list[str]] = {}
+    for overrides in points:
+        try:
+            composed = compose_untyped(overrides, arguments.config_dir, arguments.config_name or CONFIG_NAME)
+            check_config(to_typed(composed), current_machine())
+        except ConfigError as error:
+            for problem in error.problems:
+                found.setdefault(problem, []).append(" ".join(overrides))
+        except COMPOSITION_ERRORS:
+            return  # Hydra meets it too, and it is explained there
+    if found:
+        raise ConfigError(
+            replace(problem, what=f"{problem.what}   (at {len(where)} of {len(points)} points: {where[0]})")
+            if len(where) < len(points)
+            else problem
+            for problem, where in found.items()
+        )
+
+
+def run_point(composed: DictConfig, arguments: Namespace) -> Outcome:
     """Check, freeze and run one composed config; returns how it ended.
 
     Raises:
         ConfigError: If the config is wrong; nothing was started or changed.
     """
     settings = HydraConfig.get()
-    overrides = list(settings.overrides.task)
+    # not resolved: an override may refer to a key that only the whole config has
+    overrides = [str(text) for text in OmegaConf.to_container(settings.overrides.task, resolve=False) or ()]
     try:
         config = to_typed(composed)
-    except COMPOSITION_ERRORS as error:
-        raise ConfigError(list(explain_composition(error, overrides, machine=current_machine()))) from error
+    except (ConfigError, *COMPOSITION_ERRORS) as error:
+        raise ConfigError(_explain(error, overrides, arguments)) from error
     if settings.mode is RunMode.MULTIRUN:
         config = replace(config, run=replace(config.run, dir=settings.runtime.output_dir))
         logger.info(f"\n== point {settings.job.num}: {' '.join(overrides) or 'no overrides'}")
@@ -136,22 +178,42 @@ def dispatch(config: TitanConfig, directory: RunDirectory, overrides: list[str])
 
 def summarise(outcomes: list[Outcome]) -> Iterator[str]:
     """Return a sweep's points as lines: status, last loss, tokens/s, what was varied, directory."""
-    yield "\npoint  status    loss      tok/s  overrides"
+    common = set.intersection(*(set(outcome.overrides) for outcome in outcomes))
+    rows = [("point", "status", "loss", "tok/s", "varied", "directory")]
     for number, outcome in enumerate(outcomes):
         directory = RunDirectory(outcome.directory)
-        status = directory.read_status()
-        row = _last_row(directory)
-        loss = f"{row['loss']:.4f}" if row else "-"
-        speed = f"{row['tokens_per_second']:,.0f}" if row else "-"
-        state = status.get("state", "failed")
-        yield f"{number:>5}  {state:<8}  {loss:>6}  {speed:>9}  {' '.join(outcome.overrides)}  {_shown(directory.path)}"
+        last = _last_row(directory)
+        rows.append(
+            (
+                str(number),
+                directory.read_status().get("state", "failed"),
+                f"{last['loss']:.4f}" if last else "-",
+                f"{last['tokens_per_second']:,.0f}" if last else "-",
+                " ".join(text for text in outcome.overrides if text not in common) or "-",
+                _shown(directory.path),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    yield ""
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _explain(error: Exception, overrides: list[str], arguments: Namespace) -> list[Problem]:
+    return explain_composition(
+        error,
+        overrides,
+        arguments.config_dir,
+        arguments.config_name or CONFIG_NAME,
+        current_machine(),
+        arguments.multirun,
+    )
 
 
 def _last_row(directory: RunDirectory) -> dict[str, Any] | None:
-    import json
-
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return json.loads(directory.metrics.read_text().splitlines()[-1])
+    with contextlib.suppress(OSError, ValueError):
+        rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+        return next((row for row in reversed(rows) if "loss" in row), None)
     return None
 
 

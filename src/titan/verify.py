@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -107,7 +108,7 @@ def compare_records(record: Record, reference: Record) -> Difference:
 
 def _gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     whole = {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in tensors.items()}
-    parts: list[dict[str, Tensor] | None] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object({name: t.clone() for name, t in whole.items()}, parts)
     merged: dict[str, Tensor] = {}
     for part in parts or []:

@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
-from titan.errors import ConfigError, TitanError
+from titan.errors import INTERRUPTED, ConfigError, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import Rank, current_rank, launcher_pid, threads_per_rank
 from titan.log import logger, start_logging, start_rank_log
@@ -27,7 +28,7 @@ from titan.run_directory import RunDirectory
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-INTERRUPTED = 130  # what a shell reports for SIGINT
+_LEAVE_SECONDS = 10.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,21 +41,21 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         config = load_config(Path(arguments[0]))
-        rank = current_rank() or Rank()
+        rank = current_rank()
     except TitanError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    return run_rank(config, rank)
+    if rank is None and RunDirectory(Path(config.run.dir)).is_complete(config.training.steps):
+        logger.info(f"{config.run.dir}: this run is complete (step {config.training.steps}); nothing to do")
+        return 0
+    return run_rank(config, rank or Rank())
 
 
 def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> int:
     """Train as a rank that an outer launcher started together with the composition; returns the exit code.
 
     Every rank has composed a config, with a time of its own in the name of the run directory. Rank 0's is the one:
-    it freezes it and hands it to the others.
-
-    Raises:
-        ConfigError: On rank 0, if the run directory holds another run; the other ranks then just end.
+    it freezes it and hands it to the others. Where it refuses, it says why and the others just end.
     """
     store = meet(config.cluster.timeout_seconds)
     key = f"titan/config/{rank.attempt}"
@@ -62,14 +63,17 @@ def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> i
         directory = RunDirectory(Path(config.run.dir))
         try:
             found = freeze(config, directory, overrides)
-        except TitanError:
+        except ConfigError as error:
+            # said before the others know: once one of them ends, the launcher ends this one too
+            print(error, file=sys.stderr, flush=True)
             store.set(key, "refused")
-            raise
-        if found is Frozen.complete:
-            logger.info(f"{directory.path}: this run is complete; nothing to do")
-        store.set(key, "complete" if found is Frozen.complete else config_text(config))
+        else:
+            if found is Frozen.complete:
+                logger.info(f"{directory.path}: this run is complete; nothing to do")
+            store.set(key, "complete" if found is Frozen.complete else config_text(config))
     text = store.get(key).decode()
     if text in ("refused", "complete"):
+        _leave_store(store, f"{key}/left", rank)
         return ConfigError.exit_code if text == "refused" else 0
     return run_rank(parse_config(text, "the config of rank 0"), rank, store)
 
@@ -81,11 +85,21 @@ def meet(timeout_seconds: int) -> Store:
     return next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
 
 
+def _leave_store(store: Store, key: str, rank: Rank) -> None:
+    """Wait on rank 0, which may be the store's host, until the others have read what they came for."""
+    left = store.add(key, 1)
+    deadline = time.monotonic() + _LEAVE_SECONDS
+    while rank.rank == 0 and left < rank.world_size and time.monotonic() < deadline:
+        time.sleep(0.05)
+        left = store.add(key, 0)
+
+
 def run_rank(config: TitanConfig, rank: Rank, store: Store | None = None) -> int:
     """Train as this rank and account for how it ended; returns the exit code."""
     directory = RunDirectory(Path(config.run.dir))
     start_rank_log(directory.log(rank.rank, rank.attempt), rank.rank, on_console=rank.rank == 0)
     is_first = rank.rank == 0
+    loss_before = directory.read_status().get("loss")
     if is_first:
         directory.write_status("running")
         directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
@@ -98,6 +112,8 @@ def run_rank(config: TitanConfig, rank: Rank, store: Store | None = None) -> int
     except Exception as error:
         return _report(directory, rank, error, 1, traceback.format_exc().rstrip())
     if is_first:
+        # no loss where another attempt had already done the last step
+        loss = loss_before if loss is None else loss
         directory.write_status("complete", step=config.training.steps, loss=loss)
         directory.append_event("exit", code=0)
     return 0

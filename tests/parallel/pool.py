@@ -8,8 +8,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 
@@ -20,15 +22,55 @@ class RankPool:
     """
 
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.world_size = world_size
-        self.pipes = []
-        self.processes = []
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+        """Run a function on every rank, inside a process group; returns what each rank returned.
+
+        Raises:
+            AssertionError: With the traceback of the first rank that raised, or if a rank did not answer in time. The
+                ranks are then ended, since others may hang in a collective, and started anew for the next function.
+        """
+        if not self.processes:
+            self._start()
+        with tempfile.TemporaryDirectory() as folder:
+            for pipe in self.pipes:
+                pipe.send((function, arguments, f"{folder}/store"))
+            answers: dict[int, Any] = {}
+            deadline = time.monotonic() + timeout
+            while len(answers) < self.world_size:
+                waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+                ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+                for pipe in ready:
+                    rank = self.pipes.index(pipe)
+                    try:
+                        succeeded, answers[rank] = pipe.recv()
+                    except EOFError:
+                        succeeded, answers[rank] = False, f"rank {rank} died"
+                    if not succeeded:
+                        self.close()
+                        raise AssertionError(answers[rank])
+                if not ready:
+                    self.close()
+                    raise AssertionError(f"ranks {set(range(self.world_size)) - set(answers)} hang")
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
-        for rank in range(world_size):
+        for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -37,32 +79,6 @@ class RankPool:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
-
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240) -> list[Any]:
-        """Run a function on every rank, inside a process group; returns what each rank returned.
-
-        Raises:
-            AssertionError: With the traceback of the first rank that raised, or if a rank did not answer in time.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            for pipe in self.pipes:
-                pipe.send((function, arguments, f"{folder}/store"))
-            answers = []
-            for rank, pipe in enumerate(self.pipes):
-                if not pipe.poll(timeout):
-                    self.close()
-                    raise AssertionError(f"rank {rank} did not answer in {timeout} s")
-                answers.append(pipe.recv())
-        errors = [text for ok, text in answers if not ok]
-        if errors:
-            raise AssertionError("\n".join(errors))
-        return [value for _, value in answers]
-
-    def close(self) -> None:
-        """End the ranks."""
-        for process in self.processes:
-            process.kill()
-            process.join()
 
 
 def _serve(rank: int, world_size: int, pipe: Any) -> None:

@@ -68,7 +68,9 @@ def test_resharding_after_forward_changes_nothing(record: Callable[..., Record])
         assert_same(compare_records(record(2, f"parallelism.reshard_after_forward={choice}"), reference))
 
 
-@pytest.mark.parametrize("option", ["activation_checkpoint=full", "activation_checkpoint=every_nth"])
+@pytest.mark.parametrize(
+    "option", ["activation_checkpoint=full", "activation_checkpoint=every_nth", "activation_checkpoint=selective"]
+)
 def test_recomputing_activations_changes_nothing(record: Callable[..., Record], option: str) -> None:
     """What is recomputed is what was there before."""
     assert_same(compare_records(record(2, option), record(1, "parallelism=single")))

@@ -59,7 +59,9 @@ class CheckpointStore:
             if final.exists():  # the same step, saved by a run that was stopped right after
                 shutil.rmtree(final)
             temporary.rename(final)
-            for old in self.steps()[: -self.keep_latest] if self.keep_latest else []:
+            # Later ones are there when a run was resumed from an earlier step; they must not push this one out.
+            until_now = [other for other in self.steps() if other <= step]
+            for old in until_now[: -self.keep_latest] if self.keep_latest else []:
                 shutil.rmtree(self.path(old))
 
         _on_first_rank(start)
@@ -107,11 +109,20 @@ def committed_steps(folder: Path) -> list[int]:
 
 
 def _load(state: dict[str, Any], folder: Path) -> None:
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError(f"{folder} is not a checkpoint: it has no file .metadata")
     try:
         dcp.load(state, checkpoint_id=folder)
-    except (RuntimeError, ValueError, OSError, dcp.api.CheckpointException) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise CheckpointError(f"{folder} cannot be loaded: {lines[-1] if lines else type(error).__name__}") from error
+    except dcp.api.CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))  # of any rank; the others' are in their logs
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(first)}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

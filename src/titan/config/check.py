@@ -6,12 +6,14 @@ imports torch and never starts anything. So the same rules hold on a laptop, on 
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from titan.config.degrees import Machine, data_degree, resolve_config, stages_per_rank
+from titan.config.degrees import Machine, data_degree, plan_stages, resolve_config, stages_per_rank
 from titan.config.files import find_files
+from titan.config.keys import flatten
 from titan.config.schema import (
     ActivationCheckpointMode,
     CheckpointMode,
@@ -53,7 +55,7 @@ def _at_least(config: TitanConfig, bounds: dict[str, float]) -> Iterator[Problem
     for key, least in bounds.items():
         group, name = key.split(".")
         value = getattr(getattr(config, group), name)
-        if value is not None and not value >= least:
+        if value is not None and value < least:
             yield Problem(f"{key} = {value} is below {least}", suggestion=f"{key}={least}")
 
 
@@ -64,6 +66,7 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
         {
             **{f"model.{n}": 1 for n in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size")},
             "model.max_seq_len": 1,
+            "model.norm_eps": 0,
             "training.steps": 1,
             "training.seq_len": 1,
             "training.local_batch_size": 1,
@@ -90,6 +93,33 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
     )
 
 
+def check_numbers(config: TitanConfig) -> Iterator[Problem]:
+    """Numbers are finite, and the rotary frequencies can be computed."""
+    for key, value in flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield Problem(f"{key} = {value} is not a finite number", suggestion=f"{key}=...")
+    model, scaling = config.model, config.model.rope_scaling
+    positive = {"model.rope_theta": model.rope_theta}
+    if scaling is not None:
+        positive |= flatten(scaling, "model.rope_scaling")
+        if scaling.low_freq_factor >= scaling.high_freq_factor:
+            yield Problem(
+                f"model.rope_scaling.low_freq_factor = {scaling.low_freq_factor} is not below "
+                f"high_freq_factor = {scaling.high_freq_factor}",
+                "Between the two, stretched and kept frequencies blend.",
+                "model.rope_scaling.low_freq_factor=1 model.rope_scaling.high_freq_factor=4",
+            )
+    for key, value in positive.items():
+        if value <= 0:
+            yield Problem(f"{key} = {value} is not positive", suggestion=f"{key}=1")
+
+
+def check_run_directory(config: TitanConfig) -> Iterator[Problem]:
+    """There is a name for the folder that everything goes into."""
+    if not config.run.dir.strip():
+        yield Problem("run.dir is empty", suggestion="run.dir=runs/NAME")
+
+
 def check_shares(config: TitanConfig) -> Iterator[Problem]:
     """Shares lie between 0 and 1."""
     for key, value, include_one in (
@@ -98,7 +128,7 @@ def check_shares(config: TitanConfig) -> Iterator[Problem]:
         ("lr_scheduler.decay_ratio", config.lr_scheduler.decay_ratio, True),
         ("lr_scheduler.min_lr_factor", config.lr_scheduler.min_lr_factor, True),
     ):
-        if value is not None and not (0 <= value <= 1 if include_one else 0 <= value < 1):
+        if value is not None and (value < 0 or value > 1 or (value == 1 and not include_one)):
             bound = "from 0 to 1" if include_one else "from 0 to below 1"
             yield Problem(f"{key} = {value} is not a share", f"It lies {bound}.", f"{key}=0.9")
 
@@ -196,6 +226,17 @@ def check_sequence_shares(config: TitanConfig) -> Iterator[Problem]:
             )
 
 
+def check_ring_is_eager(config: TitanConfig) -> Iterator[Problem]:
+    """torch.compile cannot trace the ring's point-to-point exchange."""
+    settings = config.parallelism
+    if settings.cp > 1 and settings.cp_method is ContextMethod.ring and config.compile.enable:
+        yield Problem(
+            "parallelism.cp_method = ring together with compile.enable = true",
+            "torch.compile cannot trace point-to-point exchanges.",
+            "compile=none   or  parallelism.cp_method=allgather",
+        )
+
+
 def check_pipeline(config: TitanConfig) -> Iterator[Problem]:
     """Every stage has a block, and the schedule has micro-batches to work with."""
     settings, rows = config.parallelism, config.training.local_batch_size
@@ -203,9 +244,9 @@ def check_pipeline(config: TitanConfig) -> Iterator[Problem]:
         return
     schedule = settings.pp_schedule.name
     stages = settings.pp * stages_per_rank(settings)
-    weight = config.model.n_layers + settings.pp_less_first + settings.pp_less_last
-    ends = max(settings.pp_less_first, settings.pp_less_last)
-    if weight // stages < 1 + ends:
+    try:
+        plan_stages(config.model.n_layers, stages, settings.pp_less_first, settings.pp_less_last)
+    except ValueError:
         yield Problem(
             f"{config.model.n_layers} blocks do not fill {stages} pipeline stages ({schedule})",
             "Every stage needs a block; the first and the last have fewer, by pp_less_first and pp_less_last.",
@@ -359,7 +400,13 @@ def _listed(numbers: list[int]) -> str:
     return shown + (", ..." if len(numbers) > 12 else "")
 
 
-RULES_BEFORE: tuple[Rule, ...] = (check_counts, check_shares, check_batch_is_meant)
+RULES_BEFORE: tuple[Rule, ...] = (
+    check_run_directory,
+    check_counts,
+    check_numbers,
+    check_shares,
+    check_batch_is_meant,
+)
 """Rules on what was written, before anything is filled in."""
 
 RULES: tuple[Rule, ...] = (
@@ -378,6 +425,7 @@ RULES: tuple[Rule, ...] = (
 RULES_OF_LAYOUT: tuple[Rule, ...] = (
     check_tensor_parallel,
     check_sequence_shares,
+    check_ring_is_eager,
     check_pipeline,
     check_global_batch,
 )

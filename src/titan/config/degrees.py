@@ -59,6 +59,31 @@ def stages_per_rank(parallelism: ParallelismConfig) -> int:
     return 2 if schedule in ("ZBVZeroBubble", "DualPipeV") else parallelism.pp_stages_per_rank
 
 
+def plan_stages(n_layers: int, stages: int, less_first: int = 1, less_last: int = 1) -> list[list[int]]:
+    """Share the blocks out as evenly as possible.
+
+    Args:
+        n_layers: Blocks of the model.
+        stages: How many to share them among.
+        less_first: Blocks that the embedding counts for.
+        less_last: Blocks that the last norm and the output count for.
+
+    Returns:
+        The blocks of every stage.
+
+    Raises:
+        ValueError: If a stage would have no block.
+    """
+    weight = n_layers + less_first + less_last
+    sizes = [weight // stages + (index < weight % stages) for index in range(stages)]
+    sizes[0] -= less_first
+    sizes[-1] -= less_last
+    if min(sizes) < 1:
+        raise ValueError(f"{n_layers} blocks do not fill {stages} stages")
+    ends = [sum(sizes[: index + 1]) for index in range(stages)]
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
 def describe_degrees(parallelism: ParallelismConfig) -> str:
     """Return the degrees as text: pp 1 x dp_replicate 1 x ..."""
     return " x ".join(f"{axis} {getattr(parallelism, axis)}" for axis in AXES)
@@ -108,7 +133,16 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
         )
     nodes, per_node = cluster.nodes, cluster.devices_per_node
     if machine.started_ranks is not None and machine.started_ranks_per_node is not None:
-        found_nodes = machine.started_ranks // machine.started_ranks_per_node
+        found_nodes, uneven = divmod(machine.started_ranks, machine.started_ranks_per_node)
+        if uneven:
+            problems.append(
+                Problem(
+                    f"the outer launcher started {machine.started_ranks} ranks, "
+                    f"{machine.started_ranks_per_node} of them on this machine",
+                    "Every machine has to have the same number of ranks.",
+                    "the same --nproc-per-node on every machine",
+                )
+            )
         for key, wanted, found in (
             ("nodes", nodes, found_nodes),
             ("devices_per_node", per_node, machine.started_ranks_per_node),
@@ -179,13 +213,14 @@ def resolve_degrees(parallelism: ParallelismConfig, cluster: ClusterConfig) -> t
 
     ranks = world_size(cluster)
     given = math.prod(degree for degree in degrees.values() if degree != -1)
-    where = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} x {cluster.devices_per_node} = {ranks} ranks"
+    where = f"{_counted(cluster.nodes, 'node')} x {cluster.devices_per_node} = {_counted(ranks, 'rank')}"
     if open_axes and ranks % given == 0:
         return replace(parallelism, **{open_axes[0]: ranks // given}), []
     if open_axes:
-        others = " x ".join(f"{a} {d}" for a, d in degrees.items() if d not in (-1, 1))
+        factors = [f"{axis} {degree}" for axis, degree in degrees.items() if degree not in (-1, 1)]
+        product = " x ".join(factors) + (f" = {given}" if len(factors) > 1 else "")
         problem = Problem(
-            f"{others} = {given} does not divide the world size: {where}",
+            f"{product} does not divide the world size: {where}",
             f"parallelism.{open_axes[0]} = -1 takes what is left, which has to be a whole number.",
             f"cluster.devices_per_node={given * max(1, ranks // given)}",
         )
@@ -196,7 +231,7 @@ def resolve_degrees(parallelism: ParallelismConfig, cluster: ClusterConfig) -> t
         if ranks % without_shard == 0:
             hint += "   or  parallelism.dp_shard=-1   (takes what is left)" if cluster.nodes == 1 else ""
         problem = Problem(
-            f"{describe_degrees(parallelism)} = {given} ranks, but there are {where}",
+            f"{describe_degrees(parallelism)} = {given} ranks, but the cluster has {where}",
             f"cluster={cluster.kind.name} gives one rank to every device.",
             hint,
         )
@@ -204,6 +239,10 @@ def resolve_degrees(parallelism: ParallelismConfig, cluster: ClusterConfig) -> t
     return parallelism, []
 
 
+def _counted(number: int | None, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _absolute(path: str | None) -> str:
-    # typed as str, for the fields that must be set; None passes through for those that may be open
-    return None if path is None else str(Path(path).expanduser().absolute())  # type: ignore[return-value]
+    # typed as str, for the fields that must be set; None and "" pass through as what they are: not set
+    return str(Path(path).expanduser().absolute()) if path else path  # type: ignore[return-value]

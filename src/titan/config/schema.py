@@ -100,6 +100,7 @@ class ActivationCheckpointMode(Enum):
 
     none = "none"
     full = "full"
+    selective = "selective"
     every_nth = "every_nth"
 
 
@@ -333,7 +334,7 @@ class ActivationCheckpointConfig:
     """Recompute activations in the backward pass instead of keeping them."""
 
     mode: ActivationCheckpointMode = ActivationCheckpointMode.none
-    """none, full (every block), or every_nth block."""
+    """none, full (every block), selective (by operator: the expensive results are kept), or every_nth block."""
     every: int = 2
     """With every_nth: checkpoint each block whose index is a multiple of this."""
 

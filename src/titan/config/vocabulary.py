@@ -53,11 +53,11 @@ def read_ranks(path: str | None) -> dict[bytes, int]:
     Raises:
         ConfigError: If the file is missing or is not a tokenizer.model.
     """
-    if path is None or not Path(path).is_file():
+    if not path or not Path(path).is_file():
         raise ConfigError(
             [
                 Problem(
-                    f"tokenizer.path = {path} is not a file",
+                    f"tokenizer.path = {path} is not a file" if path else "tokenizer.path is not set",
                     "tokenizer=tiktoken reads Llama 3's tokenizer.model.",
                     "tokenizer.path=/path/to/tokenizer.model   or  tokenizer=bytes",
                 )
@@ -72,17 +72,20 @@ def read_ranks(path: str | None) -> dict[bytes, int]:
                 if line.strip():
                     token, rank = line.split()
                     ranks[base64.b64decode(token, validate=True)] = int(rank)
-        if not ranks:
-            raise ValueError("the file is empty")
-    except (OSError, ValueError, binascii.Error) as error:
-        where = f"line {number}: " if number else ""
+    except (ValueError, binascii.Error):
+        reason = f"Line {number} is not a token in base64 and its rank."
+    except OSError as error:
+        reason = f"It cannot be read: {error.strerror or error}."
+    else:
+        reason = "" if ranks else "It is empty."
+    if reason:
         raise ConfigError(
             [
                 Problem(
                     f"tokenizer.path = {path} is not a tokenizer.model",
-                    f"{where}{error}. Each line has a token in base64 and its rank.",
+                    reason,
                     "tokenizer.path=/path/to/Llama-3/original/tokenizer.model   or  tokenizer=bytes",
                 )
             ]
-        ) from error
+        )
     return ranks

@@ -76,14 +76,21 @@ def pack_tokens(config: DataConfig, tokenizer: Tokenizer, is_writer: bool, timeo
         timeout_seconds: How long the others wait without a sign of life from the writer.
 
     Raises:
-        DataError: If a document is bad (see `Source`), if there is no text at all, or if the wait is in vain.
+        DataError: If a document is bad (see `Source`), if there is no text at all, if the cache cannot be written, or
+            if the wait is in vain.
     """
     source = open_source(config)
     assert config.cache_dir is not None, "resolved before the config was frozen"
     folder = Path(config.cache_dir) / "tokens" / fingerprint(source, tokenizer)
     if not (folder / "index.json").exists():
         if is_writer:
-            _write(source, tokenizer, folder)
+            try:
+                _write(source, tokenizer, folder)
+            except OSError as error:
+                raise DataError(
+                    f"data.cache_dir = {config.cache_dir} cannot be written: {error.strerror or error}\n"
+                    "  Try  data.cache_dir=/path/with/space"
+                ) from error
         else:
             _wait_for(folder, timeout_seconds)
     return PackedTokens(folder / "tokens.bin", **json.loads((folder / "index.json").read_text()))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import zstandard
 
@@ -129,16 +130,16 @@ def _open_blocks(file: Path) -> Iterator[bytes]:
 
 
 def _open_lines(file: Path) -> Iterator[bytes]:
-    with io.BufferedReader(_open(file), _BLOCK_BYTES) as stream:
+    with _open(file) as stream:
         yield from stream
 
 
-def _open(file: Path) -> io.RawIOBase:
+def _open(file: Path) -> BinaryIO:
     if file.suffix == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
+        return cast(BinaryIO, gzip.open(file, "rb"))
     if file.suffix == ".zst":
-        return _ZstdFile(file)
-    return file.open("rb", buffering=0)
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(file), _BLOCK_BYTES))
+    return file.open("rb", buffering=_BLOCK_BYTES)
 
 
 class _ZstdFile(io.RawIOBase):

@@ -7,6 +7,7 @@ byte. `tiktoken` reads Llama 3's tokenizer.model with the pattern that Meta publ
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ LLAMA3_PATTERN = (
 Source:
     Meta's reference tokenizer for Llama 3.
 """
+_MANY_BLANKS = re.compile(r"(\s{25000})")  # where Meta's reference cuts too
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,22 @@ class Tokenizer:
 
         Special tokens that are spelled out in the text are text.
         """
-        try:
-            tokens = self.encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell; tiktoken's own way to mend it
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = self.encoding.encode_to_numpy(text, disallowed_special=())
-        return np.concatenate(([self.bos], tokens, [self.eos])).astype(np.uint32)
+        return np.concatenate(([self.bos], self._encode_text(text), [self.eos])).astype(np.uint32)
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of tokens; bytes that are not UTF-8 become replacement characters."""
         return self.encoding.decode(tokens)
+
+    def _encode_text(self, text: str) -> np.ndarray:
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can spell; tiktoken's own way to mend it
+            return self._encode_text(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:  # the pattern's engine gives up on half a million blanks in a row
+            pieces = [piece for piece in _MANY_BLANKS.split(text) if piece]
+            if len(pieces) < 2:
+                raise
+            return np.concatenate([self._encode_text(piece) for piece in pieces])
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-from titan.config.load import flatten, load_config, save_config
+from titan.config.keys import flatten, override
+from titan.config.load import load_config, save_config
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.log import logger
@@ -45,37 +46,19 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
     Raises:
         ConfigError: If the directory holds another run, which this config would not continue.
     """
-    found = Frozen.new
-    if directory.config.exists():
-        found = Frozen.continued
-        changes = changed_keys(load_config(directory.config), config)
-        refused = [key for key in changes if key.startswith(CONTINUED)]
-        if refused:
-            raise ConfigError(
-                [
-                    Problem(
-                        f"{key} = {changes[key][1]}, but the run in {directory.path} has {changes[key][0]}",
-                        "A resumed run goes on with the same model and the same data.",
-                        f"{key}={changes[key][0]}   or  run.dir=ANOTHER   for a new run",
-                    )
-                    for key in refused
-                ]
-            )
-        status = directory.read_status()
-        if status.get("state") == "complete" and status.get("step", 0) >= config.training.steps:
-            return Frozen.complete
-        for key, (before, now) in changes.items():
-            logger.info(f"resuming with {key} = {now} (was {before})")
     try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        save_config(config, directory.config)
-        write_atomically(directory.overrides, "".join(f"- {override!r}\n" for override in overrides) or "[]\n")
+        found = _continue_run(config, directory) if directory.config.exists() else Frozen.new
+        if found is not Frozen.complete:
+            directory.path.mkdir(parents=True, exist_ok=True)
+            save_config(config, directory.config)
+            write_atomically(directory.overrides, "".join(f"- {text!r}\n" for text in overrides) or "[]\n")
     except OSError as error:
         raise ConfigError(
             [
                 Problem(
-                    f"run.dir = {directory.path} cannot be written: {error.strerror or error}",
-                    suggestion="run.dir=/path/that/can/be/written",
+                    f"run.dir = {directory.path} cannot be written",
+                    f"{error.strerror or error}: {error.filename}" if error.filename else str(error),
+                    "run.dir=/path/that/can/be/written",
                 )
             ]
         ) from error
@@ -86,3 +69,39 @@ def changed_keys(before: TitanConfig, now: TitanConfig) -> dict[str, tuple[objec
     """Return the keys whose values differ, each with both values."""
     old, new = flatten(before), flatten(now)
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
+    """Hold a config against the run that the directory has; writes nothing."""
+    try:
+        before = load_config(directory.config)
+    except ConfigError as error:
+        raise ConfigError(
+            [Problem(problem.what, problem.why, "run.dir=ANOTHER   for a new run") for problem in error.problems]
+        ) from error
+    changes = changed_keys(before, config)
+    refused = [key for key in changes if key.startswith(CONTINUED)]
+    if refused:
+        raise ConfigError([_refuse(group, refused, changes, directory) for group in _groups(refused)])
+    if directory.is_complete(config.training.steps):
+        return Frozen.complete
+    for key, (old, new) in changes.items():
+        logger.info(f"resuming with {key} = {new} (was {old})")
+    return Frozen.continued
+
+
+def _refuse(
+    group: str, refused: list[str], changes: dict[str, tuple[object, object]], directory: RunDirectory
+) -> Problem:
+    """Return one problem for all keys of a group: another model differs in many, and is one mistake."""
+    keys = [key for key in refused if key.startswith(f"{group}.")]
+    lines = [f"{override(key, changes[key][1])}, but the run has {override(key, changes[key][0])}" for key in keys]
+    return Problem(
+        f"run.dir = {directory.path} holds a run with other {group} settings, which cannot be continued",
+        "\n".join(lines),
+        " ".join(override(key, changes[key][0]) for key in keys) + "   or  run.dir=ANOTHER   for a new run",
+    )
+
+
+def _groups(keys: list[str]) -> list[str]:
+    return list(dict.fromkeys(key.partition(".")[0] for key in keys))

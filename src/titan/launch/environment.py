@@ -52,18 +52,26 @@ def current_rank() -> Rank | None:
                 )
             ]
         )
-    try:
-        world_size = int(os.environ["WORLD_SIZE"])
-        return Rank(
-            rank=int(os.environ["RANK"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=world_size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
-            has_store=True,
+    rank = Rank(
+        rank=_number("RANK", 0),
+        local_rank=_number("LOCAL_RANK", 0),
+        world_size=_number("WORLD_SIZE", 1),
+        local_world_size=_number("LOCAL_WORLD_SIZE", 1),
+        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
+        has_store=True,
+    )
+    if not (rank.rank < rank.world_size and rank.local_rank < rank.local_world_size <= rank.world_size):
+        raise ConfigError(
+            [
+                Problem(
+                    "the launcher's variables contradict each other",
+                    f"RANK={rank.rank} WORLD_SIZE={rank.world_size} "
+                    f"LOCAL_RANK={rank.local_rank} LOCAL_WORLD_SIZE={rank.local_world_size}",
+                    "unset RANK   to let titan start the ranks itself",
+                )
+            ]
         )
-    except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE and their like have to be numbers: {error}") from error
+    return rank
 
 
 def current_machine() -> Machine:
@@ -82,24 +90,41 @@ def count_gpus() -> int:
     """Return how many GPUs this process may use: CUDA_VISIBLE_DEVICES, else NVIDIA's device files."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     present = len([p for p in Path("/dev").glob("nvidia[0-9]*") if p.name[6:].isdigit()])
-    if visible is None:
+    if visible is None or not present:
         return present
-    listed = []
-    for entry in visible.split(","):
-        if entry.strip() in ("", "-1"):  # CUDA ignores what follows an invalid index
-            break
-        listed.append(entry)
-    return len(listed) if present else 0
+    count = 0
+    for entry in map(str.strip, visible.split(",")):
+        is_index = entry.isdigit() and int(entry) < present
+        if not (is_index or entry.startswith(("GPU-", "MIG-"))):
+            break  # CUDA stops at the first entry that names no device
+        count += 1
+    return count
 
 
 def threads_per_rank(ranks: int) -> int:
-    """Return the CPU threads for each of `ranks` processes on this machine; the user's own setting wins."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
+    """Return the CPU threads for each of `ranks` processes on this machine; the user's own setting wins.
+
+    OpenMP takes a list too, one number a nesting level, and ignores what it cannot read.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return max(1, int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // ranks)
 
 
 def launcher_pid() -> int | None:
     """Return the process that started this rank, where that was titan's local launcher."""
     pid = os.environ.get("TITAN_LAUNCHER_PID")
     return int(pid) if pid else None
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if number < 0:
+        problem = Problem(f"{name} = {text} in the environment is not a number", suggestion=f"unset {name}")
+        raise ConfigError([problem])
+    return number

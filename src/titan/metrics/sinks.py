@@ -17,7 +17,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Open for appending; lines beyond the step that is resumed from are dropped, for they will come again."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resumed_step]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(f"{line}\n" for line in kept))
             os.replace(temporary, path)
@@ -91,6 +91,6 @@ def format_seconds(seconds: float) -> str:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line that a crash cut short

@@ -35,7 +35,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = k.shape[1] != heads
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys), enable_gqa=grouped)
+    if q.device.type == "cuda" and not torch.compiler.is_compiling():
+        mask = causal_lower_right(queries, keys)  # lets SDPA take its flash kernel; torch.compile cannot trace it
+    else:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 class CausalAttention(nn.Module):

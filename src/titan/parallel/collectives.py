@@ -18,6 +18,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
+# The names are new in torch 2.13; the old ones warn there, and are all that 2.11 has.
+_all_gather = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
 
 def gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Concatenate the ranks' parts along `dim`; backward sums over ranks and keeps this rank's part."""
@@ -46,12 +50,12 @@ def gather_same_use(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Concatenate along `dim`, without a backward pass."""
-    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), dim, group))
+    return funcol.wait_tensor(_all_gather(x.contiguous(), dim, group))
 
 
 def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Sum and keep a part along `dim`, without a backward pass."""
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, operation: str = "sum") -> Tensor:

@@ -47,31 +47,6 @@ def stages_of_rank(schedule: PipelineSchedule, ranks: int, rank: int, stages: in
     return list(range(rank, stages, ranks))
 
 
-def plan_stages(n_layers: int, stages: int, less_first: int = 1, less_last: int = 1) -> list[list[int]]:
-    """Share the blocks out as evenly as possible.
-
-    Args:
-        n_layers: Blocks of the model.
-        stages: How many to share them among.
-        less_first: Blocks that the embedding counts for.
-        less_last: Blocks that the last norm and the output count for.
-
-    Returns:
-        The blocks of every stage.
-
-    Raises:
-        ValueError: If a stage would have no block.
-    """
-    weight = n_layers + less_first + less_last
-    sizes = [weight // stages + (index < weight % stages) for index in range(stages)]
-    sizes[0] -= less_first
-    sizes[-1] -= less_last
-    if min(sizes) < 1:
-        raise ValueError(f"{n_layers} blocks do not fill {stages} stages")
-    ends = [sum(sizes[: index + 1]) for index in range(stages)]
-    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
-
-
 def split_model(model: Llama, blocks: Sequence[int], is_first: bool, is_last: bool) -> Llama:
     """Return a copy of a model on meta that has some of its blocks; names of parameters stay."""
     stage = copy.deepcopy(model)

@@ -63,8 +63,8 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: boo
         block = cast(TransformerBlock, block)
         _cut(block.attention_norm, mesh, Replicate(), norm_gradient)
         block.attention.register_forward_pre_hook(enter)
-        for linear in (block.attention.wq, block.attention.wk, block.attention.wv):
-            _cut(linear, mesh, Shard(0))
+        for matrix in (block.attention.wq, block.attention.wk, block.attention.wv):
+            _cut(matrix, mesh, Shard(0))
         _cut(block.attention.wo, mesh, Shard(1))
         block.attention.wo.register_forward_hook(leave)
         _cut(block.ffn_norm, mesh, Replicate(), norm_gradient)
@@ -79,7 +79,7 @@ def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: boo
         _cut(model.output, mesh, Shard(0))
         model.output.register_forward_pre_hook(enter)
         if not loss_parallel:
-            model.output.register_forward_hook(lambda module, inputs, out: gather_same_use(out, out.ndim - 1, group))
+            model.output.register_forward_hook(_gather_words(group))
     model.tie_weights()
 
 
@@ -106,6 +106,13 @@ def _enter(group: dist.ProcessGroup, sequence_parallel: bool) -> Callable[..., A
 def _leave(group: dist.ProcessGroup, sequence_parallel: bool) -> Callable[..., Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], out: Tensor) -> Tensor:
         return scatter_sum(out, _SEQUENCE, group) if sequence_parallel else sum_over_ranks(out, group)
+
+    return hook
+
+
+def _gather_words(group: dist.ProcessGroup) -> Callable[..., Any]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], logits: Tensor) -> Tensor:
+        return gather_same_use(logits, logits.ndim - 1, group)
 
     return hook
 

@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from titan.config.degrees import stages_per_rank
+from titan.config.degrees import plan_stages, stages_per_rank
 from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
 from titan.models.llama import Llama
 from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_name
 from titan.parallel.mesh import Mesh
-from titan.parallel.pipeline import Pipeline, build_pipeline, plan_stages, run_pipeline, split_model, stages_of_rank
+from titan.parallel.pipeline import Pipeline, build_pipeline, run_pipeline, split_model, stages_of_rank
 from titan.parallel.tensor import vocab_parallel_cross_entropy
 from titan.trainer.loss import LossSum, cross_entropy_sum, loss_share
 from titan.trainer.step import ForwardBackward, build_forward_backward
@@ -109,8 +109,9 @@ def _stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tenso
     with torch.device("meta"):
         return (
             torch.empty(rows, tokens, dtype=torch.int64),
-            torch.empty(rows, tokens // cut, config.model.dim, dtype=dtype),
-            torch.empty(rows, tokens, words, dtype=dtype),
+            # PyTorch's stages send gradients back for what needs them
+            torch.empty(rows, tokens // cut, config.model.dim, dtype=dtype, requires_grad=True),
+            torch.empty(rows, tokens, words, dtype=dtype, requires_grad=True),
         )
 
 

@@ -1,0 +1,1 @@
+"""The optimizer, its schedule and clipping, against other ways to compute them."""

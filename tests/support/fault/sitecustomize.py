@@ -1,0 +1,53 @@
+"""A fault in one rank: put this folder on PYTHONPATH and say in PLANTED_FAULT what happens, where and when.
+
+Python imports a module of this name before it runs anything, so the code under test stays as it is: the fault is
+planted when, and only where, `titan.trainer.step` is imported.
+"""
+
+import importlib.util
+import os
+import sys
+import time
+
+
+class _Plant:
+    """Wraps `train_step` as soon as its module has been loaded."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "titan.trainer.step":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_wrap(module):
+            load(module)
+            module.train_step = _wrap(module.train_step)
+
+        spec.loader.exec_module = load_and_wrap
+        return spec
+
+
+def _wrap(train_step):
+    fault, rank, at = os.environ["PLANTED_FAULT"].split(":")
+    done = 0
+
+    def faulty(batches, forward_backward, *rest):
+        nonlocal done
+        done += 1
+        if done == int(at) and os.environ.get("RANK", "0") == rank:
+            if fault == "error":
+                raise RuntimeError("a planted error")
+            if fault == "kill":
+                os.kill(os.getpid(), 9)
+            if fault == "sleep":
+                time.sleep(600)
+            if fault == "nan":
+                return train_step(batches, lambda *given: forward_backward(*given) * float("nan"), *rest)
+        return train_step(batches, forward_backward, *rest)
+
+    return faulty
+
+
+if "PLANTED_FAULT" in os.environ:
+    sys.meta_path.insert(0, _Plant())
