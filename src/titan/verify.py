@@ -73,6 +73,7 @@ def record_run(config: TitanConfig, device: torch.device, packed: PackedTokens) 
             config.training.max_grad_norm,
             trainer.mesh.loss_group,
             trainer.mesh.group("pp"),
+            trainer.copies,
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)

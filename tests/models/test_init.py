@@ -21,7 +21,9 @@ WIDE = replace(flavor("llama3_debug"), dim=512, ffn_dim=1024)
 
 def draw(name: str, *shape: int, rows: range | None = None, seed: int = 0, config: ModelConfig = WIDE) -> Tensor:
     """Return rows of a parameter; all of them where none are named."""
-    return draw_rows(name, torch.Size(shape), range(shape[0]) if rows is None else rows, seed, config)
+    return draw_rows(
+        name, torch.Size(shape), range(shape[0]) if rows is None else rows, seed, parameter_draw(name, config)
+    )
 
 
 @pytest.mark.parametrize("block_numbers", [1, 7 * 3, 100, 1 << 20])
@@ -125,7 +127,9 @@ def test_a_fresh_model_knows_nothing(config: ModelConfig) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(float("nan"))
-            parameter.copy_(draw_rows(name, parameter.shape, range(parameter.shape[0]), 0, config))
+            parameter.copy_(
+                draw_rows(name, parameter.shape, range(parameter.shape[0]), 0, parameter_draw(name, config))
+            )
     model.init_buffers("cpu")
     tokens = torch.randint(config.vocab_size, (8, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -94,6 +95,15 @@ def test_a_position_does_not_see_what_follows() -> None:
     assert difference[20:].min() > 1e-4
 
 
+def at(model: Llama, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the logits of tokens that stand at these positions."""
+    model.positions = positions
+    try:
+        return model(tokens)
+    finally:
+        model.positions = None
+
+
 def test_explicit_positions_equal_counting() -> None:
     """Positions 0, 1, 2, ... give what no positions give, for one row or for each row."""
     config = shrink(flavor("llama3_2_3b"))
@@ -101,8 +111,8 @@ def test_explicit_positions_equal_counting() -> None:
     tokens = random_tokens(config, 2, 32)
     expected = model(tokens)
     counted = torch.arange(32)
-    assert torch.equal(model(tokens, counted), expected)
-    assert largest_difference(model(tokens, counted.expand(2, -1)), expected) < 1e-6
+    assert torch.equal(at(model, tokens, counted), expected)
+    assert largest_difference(at(model, tokens, counted.expand(2, -1)), expected) < 1e-6
 
 
 def test_rows_may_have_positions_of_their_own() -> None:
@@ -111,9 +121,9 @@ def test_rows_may_have_positions_of_their_own() -> None:
     model = build_model(config, 64)
     tokens = random_tokens(config, 2, 24)
     positions = torch.stack((torch.arange(24), torch.cat((torch.arange(14), torch.arange(40, 50)))))
-    together = model(tokens, positions)
+    together = at(model, tokens, positions)
     for row in range(2):
-        alone = model(tokens[row : row + 1], positions[row])
+        alone = at(model, tokens[row : row + 1], positions[row])
         assert largest_difference(together[row : row + 1], alone) < 1e-5
     assert largest_difference(together[1], model(tokens[1:])[0]) > 1e-3
 
@@ -123,7 +133,22 @@ def test_only_distances_between_positions_count() -> None:
     config = shrink(flavor("llama2_7b"))
     model = build_model(config, 200)
     tokens = random_tokens(config, 1, 32)
-    assert largest_difference(model(tokens, torch.arange(150, 182)), model(tokens)) < 1e-4
+    assert largest_difference(at(model, tokens, torch.arange(150, 182)), model(tokens)) < 1e-4
+
+
+def test_a_document_gets_what_it_gets_alone() -> None:
+    """With documents told apart, each one's logits are those of a row that holds it alone."""
+    config = shrink(flavor("llama3_1_8b"))
+    model = build_model(config, 48)
+    tokens = random_tokens(config, 2, 40)
+    ends = ((0, 7, 8, 25, 40), (0, 13, 40))
+    starts = torch.stack([torch.cat([torch.full((b - a,), a) for a, b in itertools.pairwise(row)]) for row in ends])
+    together = model(tokens, starts)
+    for row, cuts in enumerate(ends):
+        for a, b in itertools.pairwise(cuts):
+            alone = model(tokens[row : row + 1, a:b])
+            assert largest_difference(together[row : row + 1, a:b], alone) < 1e-5
+    assert largest_difference(together, model(tokens)) > 1e-3, "the documents had nothing to see anyway"
 
 
 @pytest.mark.parametrize("name", ["llama3_debug", "llama3_2_1b"])

@@ -37,10 +37,11 @@ TOKENS = 20_011
 
 
 def make_packed(path: Path, vocab_size: int = 258) -> Path:
-    """Write tokens that a model can learn something from: noisy counting."""
+    """Write tokens that a model can learn something from: noisy counting, in documents of about 12 tokens."""
     generator = np.random.default_rng(0)
-    steps = generator.integers(1, 4, TOKENS)
-    (np.cumsum(steps) % vocab_size).astype(token_dtype(vocab_size)).tofile(path)
+    tokens = np.cumsum(generator.integers(1, 4, TOKENS)) % (vocab_size - 2)
+    tokens[generator.random(TOKENS) < 1 / 12] = vocab_size - 2  # tokenizer=bytes begins documents with 256
+    tokens.astype(token_dtype(vocab_size)).tofile(path)
     return path
 
 

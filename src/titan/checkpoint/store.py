@@ -88,6 +88,7 @@ class CheckpointStore:
         _create_optimizer_state(optimizer)
         state: dict[str, Any] = _state(parameters, optimizer) | {"tokens": 0}
         _load(state, self.path(step))
+        _fill_copies(parameters, optimizer)
         return {"tokens": state["tokens"]}
 
 
@@ -98,6 +99,7 @@ def load_weights(folder: Path, parameters: NamedParameters) -> None:
         CheckpointError: If the folder is not a checkpoint or does not fit this model.
     """
     _load({f"model.{name}": parameter.detach() for name, parameter in parameters}, folder)
+    _fill_copies(parameters)
 
 
 def committed_steps(folder: Path) -> list[int]:
@@ -133,6 +135,19 @@ def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dic
             if isinstance(value, Tensor):
                 state[f"optimizer.{name}.{key}"] = value
     return state
+
+
+def _fill_copies(parameters: NamedParameters, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Where two parameters of this rank have one name (an embedding and a tied output), give the first the last's."""
+    loaded = dict(parameters)
+    for name, parameter in parameters:
+        source = loaded[name]
+        if parameter is source:
+            continue
+        parameter.detach().copy_(source.detach())
+        for key, value in (optimizer.state[source] if optimizer is not None else {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[parameter][key].copy_(value)  # type: ignore[union-attr]
 
 
 def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

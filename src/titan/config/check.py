@@ -11,9 +11,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from titan.config.degrees import Machine, data_degree, plan_stages, resolve_config, stages_per_rank
+from titan.config.degrees import (
+    Machine,
+    data_degree,
+    model_modules,
+    plan_stages,
+    resolve_config,
+    stages_of_ranks,
+)
 from titan.config.files import find_files
 from titan.config.keys import flatten
+from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ActivationCheckpointMode,
     CheckpointMode,
@@ -238,26 +246,73 @@ def check_ring_is_eager(config: TitanConfig) -> Iterator[Problem]:
 
 
 def check_pipeline(config: TitanConfig) -> Iterator[Problem]:
-    """Every stage has a block, and the schedule has micro-batches to work with."""
-    settings, rows = config.parallelism, config.training.local_batch_size
+    """Every stage has something to do, and the schedule has micro-batches to work with."""
+    settings = config.parallelism
     if settings.pp == 1:
+        for key in ("pp_modules", "pp_schedule_csv"):
+            if getattr(settings, key) is not None:
+                yield Problem(
+                    f"parallelism.{key} is set, but parallelism.pp = 1",
+                    "There is no pipeline to share the model out to.",
+                    "parallelism.pp=2",
+                )
         return
-    schedule = settings.pp_schedule.name
-    stages = settings.pp * stages_per_rank(settings)
     try:
-        plan_stages(config.model.n_layers, stages, settings.pp_less_first, settings.pp_less_last)
-    except ValueError:
+        ranks = stages_of_ranks(settings)
+    except ConfigError as error:
+        yield from error.problems
+        return
+    if len(ranks) != settings.pp:
         yield Problem(
-            f"{config.model.n_layers} blocks do not fill {stages} pipeline stages ({schedule})",
-            "Every stage needs a block; the first and the last have fewer, by pp_less_first and pp_less_last.",
-            f"parallelism.pp={max(1, settings.pp // 2)}   or  parallelism.pp_less_first=0 parallelism.pp_less_last=0",
+            f"parallelism.pp = {settings.pp}, but {settings.pp_schedule_csv} is for {len(ranks)} ranks",
+            "It has one line for each.",
+            f"parallelism.pp={len(ranks)}",
         )
-    if config.model.tie_embeddings:
+        return
+    yield from _check_stages(config, sum(map(len, ranks)))
+    yield from _check_pipeline_microbatches(config)
+
+
+def _check_stages(config: TitanConfig, stages: int) -> Iterator[Problem]:
+    settings, n_layers = config.parallelism, config.model.n_layers
+    schedule = settings.pp_schedule_csv or settings.pp_schedule.name
+    if settings.pp_modules is None:
+        try:
+            plan_stages(n_layers, stages, settings.pp_less_first, settings.pp_less_last)
+        except ValueError:
+            yield Problem(
+                f"{n_layers} blocks do not fill {stages} pipeline stages ({schedule})",
+                "Every stage needs a block; the first and the last have fewer, by pp_less_first and pp_less_last.",
+                f"parallelism.pp={max(1, settings.pp // 2)}   or  "
+                "parallelism.pp_less_first=0 parallelism.pp_less_last=0",
+            )
+        return
+    if len(settings.pp_modules) != stages or not all(settings.pp_modules):
         yield Problem(
-            f"parallelism.pp = {settings.pp}, but model.tie_embeddings = true",
-            "The embedding and the output projection lie on different stages and cannot share their weights.",
-            "parallelism.pp=1   or  model.tie_embeddings=false",
+            f"parallelism.pp_modules has {sum(map(bool, settings.pp_modules))} stages with modules, "
+            f"but {schedule} with pp {settings.pp} needs {stages}",
+            suggestion="parallelism.pp_modules=null   to share them out evenly",
         )
+    given, wanted = [name for stage in settings.pp_modules for name in stage], model_modules(n_layers)
+    if given != wanted:
+        missing = [name for name in wanted if name not in given]
+        unknown = [name for name in given if name not in wanted]
+        twice = sorted({name for name in given if given.count(name) > 1})
+        found = [
+            f"{word}: {', '.join(names[:6])}"
+            for word, names in (("missing", missing), ("unknown", unknown), ("twice", twice))
+            if names
+        ]
+        yield Problem(
+            "parallelism.pp_modules does not name every module once and in order",
+            ("; ".join(found) or "the order is another") + f". The order: {wanted[0]}, {wanted[1]}, ..., norm, output.",
+            "parallelism.pp_modules=null   to share them out evenly",
+        )
+
+
+def _check_pipeline_microbatches(config: TitanConfig) -> Iterator[Problem]:
+    settings, rows = config.parallelism, config.training.local_batch_size
+    schedule = settings.pp_schedule.name
     pieces = rows if settings.pp_microbatches == -1 else settings.pp_microbatches
     if pieces < 1 or rows % pieces:
         yield Problem(
@@ -265,6 +320,14 @@ def check_pipeline(config: TitanConfig) -> Iterator[Problem]:
             f"Each is a whole number of rows. Allowed here: {_listed(_divisors(rows))}.",
             f"parallelism.pp_microbatches={rows}",
         )
+    elif settings.pp_schedule_csv is not None:
+        wanted = read_schedule(settings.pp_schedule_csv).microbatches
+        if pieces != wanted:
+            yield Problem(
+                f"{pieces} pipeline microbatches, but {settings.pp_schedule_csv} is for {wanted}",
+                "By default every row of a micro-batch is one.",
+                f"training.local_batch_size={wanted}",
+            )
     elif pieces < settings.pp or (schedule not in ("GPipe", "1F1B") and pieces % settings.pp):
         least = settings.pp * max(1, -(-pieces // settings.pp))
         rule = f"at least {settings.pp}" if schedule in ("GPipe", "1F1B") else f"a multiple of {settings.pp}"
@@ -272,6 +335,17 @@ def check_pipeline(config: TitanConfig) -> Iterator[Problem]:
             f"{pieces} pipeline microbatches are too few or uneven for pp {settings.pp} with {schedule}",
             f"{schedule} needs {rule}; by default every row of a micro-batch is one.",
             f"training.local_batch_size={least}",
+        )
+
+
+def check_family(config: TitanConfig) -> Iterator[Problem]:
+    """A model family is titan's, or looks like one that can be imported."""
+    module, separator, attribute = config.model.family.partition(":")
+    if config.model.family != "llama" and not (separator and attribute.isidentifier() and module):
+        yield Problem(
+            f"model.family = {config.model.family} is no model family",
+            "Families: llama, or one of your own as package.module:NAME.",
+            "model.family=llama",
         )
 
 
@@ -383,7 +457,9 @@ def check_profiling(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             f"profiling traces steps {config.profiling.start_step} to {last}, "
             f"but training.steps = {config.training.steps}",
-            suggestion=f"profiling.start_step=2 profiling.steps={max(1, min(3, config.training.steps - 1))}",
+            suggestion=f"profiling.start_step=2 profiling.steps={min(3, config.training.steps - 1)}"
+            if config.training.steps > 1
+            else "profiling=none",
         )
 
 
@@ -410,6 +486,7 @@ RULES_BEFORE: tuple[Rule, ...] = (
 """Rules on what was written, before anything is filled in."""
 
 RULES: tuple[Rule, ...] = (
+    check_family,
     check_heads,
     check_sequence,
     check_data,

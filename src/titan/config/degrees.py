@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from titan.config.schedule_file import read_schedule
 from titan.config.schema import ClusterConfig, ClusterKind, Device, Dtype, ParallelismConfig, TitanConfig
 from titan.errors import Problem
 
@@ -51,16 +52,31 @@ def accumulation_steps(config: TitanConfig) -> int:
     return config.training.global_batch_size // rows
 
 
-def stages_per_rank(parallelism: ParallelismConfig) -> int:
-    """Return how many pipeline stages each rank has: one, two in the V schedules, or as many as the config says."""
-    schedule = parallelism.pp_schedule.name
-    if schedule in ("GPipe", "1F1B"):
-        return 1
-    return 2 if schedule in ("ZBVZeroBubble", "DualPipeV") else parallelism.pp_stages_per_rank
+def stages_of_ranks(parallelism: ParallelismConfig) -> list[list[int]]:
+    """Return the stages that each pipeline rank has, ascending.
+
+    One each; or as many as the config says, in turns; or, in the V schedules, one from the head and one from the
+    tail; or as a schedule's file says.
+
+    Raises:
+        ConfigError: If the file cannot be used.
+    """
+    ranks, schedule = parallelism.pp, parallelism.pp_schedule.name
+    if parallelism.pp_schedule_csv is not None:
+        return read_schedule(parallelism.pp_schedule_csv).stages
+    if schedule in ("ZBVZeroBubble", "DualPipeV"):
+        return [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)]
+    rounds = 1 if schedule in ("GPipe", "1F1B") else parallelism.pp_stages_per_rank
+    return [list(range(rank, ranks * rounds, ranks)) for rank in range(ranks)]
 
 
-def plan_stages(n_layers: int, stages: int, less_first: int = 1, less_last: int = 1) -> list[list[int]]:
-    """Share the blocks out as evenly as possible.
+def model_modules(n_layers: int) -> list[str]:
+    """Return the modules that a pipeline shares out, in the order in which a token passes them."""
+    return ["tok_embeddings", *(f"layers.{index}" for index in range(n_layers)), "norm", "output"]
+
+
+def plan_stages(n_layers: int, stages: int, less_first: int = 1, less_last: int = 1) -> list[list[str]]:
+    """Share the modules out so that the stages cost as nearly the same as can be.
 
     Args:
         n_layers: Blocks of the model.
@@ -69,7 +85,7 @@ def plan_stages(n_layers: int, stages: int, less_first: int = 1, less_last: int 
         less_last: Blocks that the last norm and the output count for.
 
     Returns:
-        The blocks of every stage.
+        The modules of every stage.
 
     Raises:
         ValueError: If a stage would have no block.
@@ -80,8 +96,10 @@ def plan_stages(n_layers: int, stages: int, less_first: int = 1, less_last: int 
     sizes[-1] -= less_last
     if min(sizes) < 1:
         raise ValueError(f"{n_layers} blocks do not fill {stages} stages")
-    ends = [sum(sizes[: index + 1]) for index in range(stages)]
-    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    sizes[0] += 1
+    sizes[-1] += 2
+    modules = iter(model_modules(n_layers))
+    return [[next(modules) for _ in range(size)] for size in sizes]
 
 
 def describe_degrees(parallelism: ParallelismConfig) -> str:
@@ -113,7 +131,7 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         config,
         run=replace(config.run, dir=_absolute(config.run.dir)),
         cluster=cluster,
-        parallelism=parallelism,
+        parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
         data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
         tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),

@@ -163,6 +163,8 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rope_scaling: RopeScalingConfig | None = None
     """Stretching of the rotary frequencies, or null."""
+    family: str = "llama"
+    """llama, or a `titan.models.family.ModelFamily` of your own as package.module:NAME."""
     tie_embeddings: bool = False
     """Whether the output projection shares the embedding's weights."""
 
@@ -219,6 +221,8 @@ class ParallelismConfig:
     """With cp: give each rank a chunk from the head and one from the tail, so that a causal mask costs all the same."""
     pp_schedule: PipelineSchedule = PipelineSchedule["1F1B"]
     """With pp: the order of forward and backward passes."""
+    pp_schedule_csv: str | None = None
+    """With pp: a file with a schedule of your own instead, one line a rank: `titan.config.schedule_file`."""
     pp_microbatches: int = -1
     """With pp: into how many pieces a micro-batch is cut on its way through the stages; -1 is one row each."""
     pp_stages_per_rank: int = 2
@@ -227,6 +231,8 @@ class ParallelismConfig:
     """With pp: blocks that the embedding counts for when blocks are shared out."""
     pp_less_last: int = 1
     """With pp: blocks that the last norm and the output projection count for when blocks are shared out."""
+    pp_modules: list[list[str]] | None = None
+    """With pp: the modules of every stage, in order, such as [[tok_embeddings,layers.0],[layers.1,norm,output]]."""
 
 
 @dataclass
@@ -257,6 +263,8 @@ class DataConfig:
     """The key of a jsonl line that holds the document."""
     bad_documents: BadDocuments = BadDocuments.error
     """What to do with one that cannot be read: stop with file and line, or skip, count and report it."""
+    mask_documents: bool = False
+    """Keep attention inside documents and count positions from their beginnings; false lets it see all of the row."""
     num_workers: int = 0
     """Processes a rank uses to read ahead; 0 reads in the rank itself."""
     cache_dir: str | None = None

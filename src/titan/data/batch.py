@@ -100,6 +100,16 @@ def read_row(tokens: np.ndarray, row: int, seq_len: int, padding: int) -> tuple[
     return inputs, labels
 
 
+def find_starts(inputs: np.ndarray, document_start: int) -> np.ndarray:
+    """Return where in the row the document of each token begins; 0 for one that began in an earlier row.
+
+    Shape:
+        (S,) int64 -> (S,) int64.
+    """
+    positions = np.arange(len(inputs))
+    return np.maximum.accumulate(np.where(inputs == document_start, positions, 0))
+
+
 def _mix(values: np.ndarray, key: int, index: int) -> np.ndarray:
     # splitmix64's finaliser, keyed; wrap-around is meant
     with np.errstate(over="ignore"):

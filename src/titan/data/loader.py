@@ -6,7 +6,7 @@ it has, and the sampler here is a plain function of the step, so there is no sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from titan.data.batch import RowOrder, count_rows, read_row
+from titan.data.batch import RowOrder, count_rows, find_starts, read_row
 from titan.data.packing import PackedTokens
 
 
@@ -23,23 +23,29 @@ class Batch:
     """Some rows.
 
     Shape:
-        tokens, labels: (B, S) int64.
+        tokens, labels, starts: (B, S) int64.
     """
 
     tokens: Tensor
     labels: Tensor
+    starts: Tensor | None = None
+    """Where in its row the document of each token begins; None where attention may cross documents."""
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device."""
-        return Batch(self.tokens.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
     def at(self, positions: Tensor | None) -> Batch:
         """Keep some positions of every row; None keeps all. Shape: positions (N,) -> tokens, labels (B, N)."""
-        return self if positions is None else Batch(self.tokens[:, positions], self.labels[:, positions])
+        return self if positions is None else self._map(lambda x: x[:, positions])
 
     def pin_memory(self) -> Batch:
         """Copy to memory from which a GPU can fetch by itself; DataLoader calls this."""
-        return Batch(self.tokens.pin_memory(), self.labels.pin_memory())
+        return self._map(lambda x: x.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        starts = None if self.starts is None else change(self.starts)
+        return Batch(change(self.tokens), change(self.labels), starts)
 
 
 @dataclass(frozen=True)
@@ -58,20 +64,30 @@ class Share:
         return shaped[:, self.data_rank].tolist()
 
 
-class PackedRows(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """The rows of tokenised text, by number."""
+class PackedRows(Dataset[tuple[np.ndarray, ...]]):
+    """The rows of tokenised text, by number.
 
-    def __init__(self, packed: PackedTokens, seq_len: int, padding: int) -> None:
-        self.packed, self.seq_len, self.padding = packed, seq_len, padding
+    Args:
+        packed: The text.
+        seq_len: Tokens of a row.
+        padding: The token that fills the last row.
+        document_start: The token that every document begins with, to tell documents apart; None leaves them together.
+    """
+
+    def __init__(self, packed: PackedTokens, seq_len: int, padding: int, document_start: int | None = None) -> None:
+        self.packed, self.seq_len, self.padding, self.document_start = packed, seq_len, padding, document_start
         self._tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return count_rows(self.packed.tokens, self.seq_len)
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, row: int) -> tuple[np.ndarray, ...]:
         if self._tokens is None:  # each worker maps the file itself
             self._tokens = self.packed.open()
-        return read_row(self._tokens, row, self.seq_len, self.padding)
+        inputs, labels = read_row(self._tokens, row, self.seq_len, self.padding)
+        if self.document_start is None:
+            return inputs, labels
+        return inputs, labels, find_starts(inputs, self.document_start)
 
 
 class _Steps(Sampler[list[int]]):
@@ -102,7 +118,6 @@ def build_loader(
     )
 
 
-def collate(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+def collate(rows: list[tuple[np.ndarray, ...]]) -> Batch:
     """Stack rows into a batch."""
-    inputs, labels = zip(*rows, strict=True)
-    return Batch(torch.from_numpy(np.stack(inputs)), torch.from_numpy(np.stack(labels)))
+    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))

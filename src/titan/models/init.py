@@ -47,7 +47,7 @@ def parameter_draw(name: str, config: ModelConfig) -> Draw | None:
     )
 
 
-def draw_rows(name: str, shape: torch.Size, rows: range, seed: int, config: ModelConfig) -> Tensor:
+def draw_rows(name: str, shape: torch.Size, rows: range, seed: int, draw: Draw | None) -> Tensor:
     """Return some consecutive rows of a parameter's initial value.
 
     Args:
@@ -55,12 +55,11 @@ def draw_rows(name: str, shape: torch.Size, rows: range, seed: int, config: Mode
         shape: The shape of the whole parameter.
         rows: Which indices of the first dim; of step 1.
         seed: The run's seed.
-        config: The model's shape.
+        draw: How its values are drawn; None fills it with ones.
 
     Shape:
         (len(rows), *shape[1:]), float32, on the CPU.
     """
-    draw = parameter_draw(name, config)
     out = torch.ones(len(rows), *shape[1:])
     if draw is None or not len(rows):
         return out

@@ -17,7 +17,10 @@ from torch.distributed.tensor import DTensor
 
 
 def global_grad_norm(
-    parameters: Iterable[nn.Parameter], device: torch.device, stage_group: dist.ProcessGroup | None = None
+    parameters: Iterable[nn.Parameter],
+    device: torch.device,
+    stage_group: dist.ProcessGroup | None = None,
+    copies: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Return the 2-norm of all gradients, equal on every rank.
 
@@ -25,13 +28,14 @@ def global_grad_norm(
         parameters: This rank's parameters.
         device: Where the result lies; a rank may have no gradient at all.
         stage_group: Ranks that hold other parameters (pipeline stages), if there are any.
+        copies: Those of the parameters that another stage has too, and counts.
 
     Shape:
         (), float32.
     """
     kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not any(parameter is copy for copy in copies):
             kinds[_sharding_groups(parameter.grad)].append(_local(parameter.grad))
     # PyTorch's norm of a large float32 tensor on a CPU is off by up to 1e-4, depending on how it is sharded; on CUDA
     # the sum is a tree, and float64 would be slow.

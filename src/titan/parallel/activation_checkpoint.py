@@ -14,7 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from titan.config.schema import ActivationCheckpointMode
-from titan.models.llama import Llama
+from titan.models.decoder import Decoder
 
 _MATRIX_PRODUCTS = {"aten.mm", "aten.linear", "aten.addmm", "mkldnn._linear_pointwise", "aten._scaled_mm"}
 _ALWAYS_KEPT = (
@@ -23,7 +23,7 @@ _ALWAYS_KEPT = (
 )
 
 
-def apply_activation_checkpoint(model: Llama, mode: ActivationCheckpointMode, every: int) -> int:
+def apply_activation_checkpoint(model: Decoder, mode: ActivationCheckpointMode, every: int) -> int:
     """Wrap blocks in place.
 
     Args:

@@ -8,8 +8,9 @@ from torch.distributed.tensor import DTensor
 
 from titan.config.schema import ActivationCheckpointMode, Dtype, Float8Recipe, TitanConfig
 from titan.errors import TitanError
-from titan.models.init import draw_rows
-from titan.models.llama import Llama
+from titan.models.decoder import Decoder
+from titan.models.family import ModelFamily
+from titan.models.init import Draw, draw_rows
 from titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan.parallel.compile import apply_compile
 from titan.parallel.context import apply_context_parallel
@@ -21,7 +22,9 @@ from titan.parallel.tensor import apply_tensor_parallel
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
 
 
-def apply_parallelism(model: Llama, config: TitanConfig, mesh: Mesh, device: torch.device) -> list[str]:
+def apply_parallelism(
+    model: Decoder, family: ModelFamily, config: TitanConfig, mesh: Mesh, device: torch.device
+) -> list[str]:
     """Make a model on meta run on a mesh, in place.
 
     Returns:
@@ -39,7 +42,9 @@ def apply_parallelism(model: Llama, config: TitanConfig, mesh: Mesh, device: tor
         apply_context_parallel(model, mesh.group("cp"), settings.cp_method, settings.cp_head_tail)
         done.append(f"context parallel {settings.cp_method.name}{', head-tail balanced' * settings.cp_head_tail}")
     if settings.tp > 1:
-        apply_tensor_parallel(model, mesh.storage["tp"], settings.sequence_parallel, settings.loss_parallel)
+        apply_tensor_parallel(
+            model, family.cut_of, mesh.storage["tp"], settings.sequence_parallel, settings.loss_parallel
+        )
         done.append(
             f"tensor parallel, sequence parallel {_on(settings.sequence_parallel)}, "
             f"loss parallel {_on(settings.loss_parallel)}"
@@ -65,7 +70,7 @@ def apply_parallelism(model: Llama, config: TitanConfig, mesh: Mesh, device: tor
     return done
 
 
-def init_weights(model: Llama, seed: int, device: torch.device) -> None:
+def init_weights(model: Decoder, family: ModelFamily, seed: int, device: torch.device) -> None:
     """Allocate this rank's shards on the device and draw them.
 
     Every value is the one that a single process would draw; see `titan.models.init`.
@@ -73,20 +78,30 @@ def init_weights(model: Llama, seed: int, device: torch.device) -> None:
     model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            _init_parameter(plain_name(name), parameter, seed, model)
+        for name, parameter in plain_parameters(model):
+            _init_parameter(name, parameter, seed, family.draw(name, model.config))
     model.init_buffers(device)
 
 
-def plain_name(name: str) -> str:
-    """Return a parameter's name in the bare model: without what wrappers add to it."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+def plain_parameters(model: Decoder) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters by their names in the bare, whole model.
+
+    Wrappers add to names. And the output of a pipeline stage that is tied to an embedding on another stage is that
+    embedding, in a copy of its own.
+    """
+    named = [
+        (name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter)
+        for name, parameter in model.named_parameters()
+    ]
+    if not model.config.tie_embeddings:
+        return named
+    return [(name.replace("output.", "tok_embeddings."), parameter) for name, parameter in named]
 
 
-def _init_parameter(name: str, parameter: nn.Parameter, seed: int, model: Llama) -> None:
+def _init_parameter(name: str, parameter: nn.Parameter, seed: int, draw: Draw | None) -> None:
     rows, columns = local_indices(parameter)
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    drawn = draw_rows(name, parameter.shape, rows, seed, model.config)
+    drawn = draw_rows(name, parameter.shape, rows, seed, draw)
     drawn = drawn[:, columns.start : columns.stop] if parameter.ndim > 1 else drawn
     if drawn.shape != local.shape:
         raise TitanError(f"{name}: this rank holds {tuple(local.shape)}, but its mesh says {tuple(drawn.shape)}")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from titan.models.llama import Llama
+from titan.models.decoder import Decoder
 
 
-def apply_compile(model: Llama, backend: str) -> None:
+def apply_compile(model: Decoder, backend: str) -> None:
     """Compile every block in place. After activation checkpointing, so that it lies inside the graph."""
     for block in model.layers.values():
         block.compile(backend=backend, fullgraph=True)

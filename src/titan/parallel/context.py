@@ -27,11 +27,12 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan.config.schema import ContextMethod
-from titan.models.llama import Llama, TransformerBlock, attend
-from titan.parallel.collectives import gather
+from titan.models.attention import CausalAttention, attend, visible_keys
+from titan.models.decoder import Decoder
+from titan.parallel.collectives import all_gather, gather
 
 
 def positions_of_rank(seq_len: int, ranks: int, rank: int, head_tail: bool) -> Tensor:
@@ -40,19 +41,21 @@ def positions_of_rank(seq_len: int, ranks: int, rank: int, head_tail: bool) -> T
     return torch.cat((chunks[rank], chunks[2 * ranks - 1 - rank])) if head_tail else chunks[rank]
 
 
-def apply_context_parallel(model: Llama, group: dist.ProcessGroup, method: ContextMethod, head_tail: bool) -> None:
+def apply_context_parallel(model: Decoder, group: dist.ProcessGroup, method: ContextMethod, head_tail: bool) -> None:
     """Exchange the attention of every block, in place, and tell the model which positions it has."""
     inner = {
         ContextMethod.allgather: AllGatherAttention,
         ContextMethod.ring: RingAttention,
         ContextMethod.all_to_all: AllToAllAttention,
     }[method]
-    for block in model.layers.values():
-        cast(TransformerBlock, block).attention.inner = inner(group, head_tail)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is CausalAttention:
+                setattr(module, name, inner(group, head_tail))
     model.positions = positions_of_rank(model.seq_len, group.size(), group.rank(), head_tail)
 
 
-class _ContextAttention(nn.Module):
+class _ContextAttention(CausalAttention):
     def __init__(self, group: dist.ProcessGroup, head_tail: bool) -> None:
         super().__init__()
         self.group, self.head_tail = group, head_tail
@@ -63,15 +66,22 @@ class _ContextAttention(nn.Module):
         held = torch.cat([positions_of_rank(length, ranks, rank, self.head_tail) for rank in range(ranks)])
         return held.to(device), held.argsort().to(device)
 
+    def visible(self, starts: Tensor, positions: Tensor) -> Tensor:
+        """Return which keys of the whole sequence this rank's queries see. Shape: (B, S/cp) -> (B, 1, S/cp, S)."""
+        keys = torch.arange(self.group.size() * starts.shape[1], device=starts.device)
+        return visible_keys(starts, positions, keys)
+
 
 class AllGatherAttention(_ContextAttention):
     """Fetch all keys and values; attend with this rank's queries."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E)."""
         ranks, rank, length = self.group.size(), self.group.rank(), q.shape[2]
         _, inverse = self.order(ranks * length, q.device)
         k, v = (gather(x, 2, self.group).index_select(2, inverse) for x in (k, v))
+        if visible is not None:
+            return attend(q, k, v, visible)
         if not self.head_tail:
             end = (rank + 1) * length
             return attend(q, k[:, :, :end], v[:, :, :end])
@@ -85,11 +95,18 @@ class AllGatherAttention(_ContextAttention):
 class AllToAllAttention(_ContextAttention):
     """Exchange sequence for heads, attend over whole sequences, and exchange back."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def visible(self, starts: Tensor, positions: Tensor) -> Tensor:
+        """Return which keys every query of the sequence sees. Shape: (B, S/cp) -> (B, 1, S, S)."""
+        _, inverse = self.order(self.group.size() * starts.shape[1], starts.device)
+        whole = all_gather(starts, 1, self.group).index_select(1, inverse)
+        keys = torch.arange(whole.shape[1], device=whole.device)
+        return visible_keys(whole, keys, keys)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E). H and K are multiples of cp."""
         held, inverse = self.order(self.group.size() * q.shape[2], q.device)
         q, k, v = (_exchange(x, 1, 2, self.group).index_select(2, inverse) for x in (q, k, v))
-        return _exchange(attend(q, k, v).index_select(2, held), 2, 1, self.group)
+        return _exchange(attend(q, k, v, visible).index_select(2, held), 2, 1, self.group)
 
 
 def _exchange(x: Tensor, cut: int, join: int, group: dist.ProcessGroup) -> Tensor:
@@ -118,13 +135,13 @@ class _Exchange(torch.autograd.Function):
 class RingAttention(_ContextAttention):
     """Let keys and values travel around the ranks, one hop at a time, and merge the results."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E)."""
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             # The kernels that give the log-sum-exp take equal heads; autograd sums the copies' gradients.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return cast(Tensor, _Ring.apply(q, k, v, self.group, self.head_tail))
+        return cast(Tensor, _Ring.apply(q, k, v, visible, self.group, self.head_tail))
 
 
 def _pairs(source: int, rank: int, head_tail: bool) -> tuple[slice, slice, bool] | None:
@@ -149,38 +166,44 @@ def _part(x: Tensor, halves: slice) -> Tensor:
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, head_tail: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, group: dist.ProcessGroup, head_tail: bool
     ) -> Tensor:
         ranks, rank = group.size(), group.rank()
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         travelling = torch.stack((k, v))
         for hop in range(ranks):
-            pair = _pairs((rank - hop) % ranks, rank, head_tail)
+            source = (rank - hop) % ranks
+            pair = _pairs(source, rank, head_tail)
             arriving = _start_hop(travelling, group) if hop + 1 < ranks else None
             if pair is not None:
                 queries, keys, causal = pair
                 part, part_lse = _attend_with_lse(
-                    _part(q, queries), _part(travelling[0], keys), _part(travelling[1], keys), causal
+                    _part(q, queries),
+                    _part(travelling[0], keys),
+                    _part(travelling[1], keys),
+                    causal,
+                    _bias(visible, source, ranks, queries, keys, head_tail, q.dtype),
                 )
                 _merge(_part(out, queries), _part(lse, queries), part, part_lse)
             if arriving is not None:
                 travelling = _finish_hop(arriving)
         result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.save_for_backward(q, k, v, result, lse, visible)
         ctx.group, ctx.head_tail = group, head_tail
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        q, k, v, out, lse, visible = ctx.saved_tensors
         ranks, rank = ctx.group.size(), ctx.group.rank()
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         travelling = torch.stack((k, v))
         # The gradients of a block travel with it and are home again after as many hops as there are ranks.
         gradients = torch.zeros((2, *k.shape), dtype=torch.float32, device=q.device)
         for hop in range(ranks):
-            pair = _pairs((rank - hop) % ranks, rank, ctx.head_tail)
+            source = (rank - hop) % ranks
+            pair = _pairs(source, rank, ctx.head_tail)
             if pair is not None:
                 queries, keys, causal = pair
                 parts = _attend_backward(
@@ -191,6 +214,7 @@ class _Ring(torch.autograd.Function):
                     _part(out, queries),
                     _part(lse, queries),
                     causal,
+                    _bias(visible, source, ranks, queries, keys, ctx.head_tail, q.dtype),
                 )
                 _part(grad_q, queries).add_(parts[0])
                 _part(gradients[0], keys).add_(parts[1])
@@ -198,7 +222,22 @@ class _Ring(torch.autograd.Function):
             travelling = _finish_hop(_start_hop(travelling, ctx.group)) if hop + 1 < ranks else travelling
             gradients = _finish_hop(_start_hop(gradients, ctx.group))
         grad_k, grad_v = gradients.to(k.dtype).unbind(0)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+
+
+def _bias(
+    visible: Tensor | None, source: int, ranks: int, queries: slice, keys: slice, head_tail: bool, dtype: torch.dtype
+) -> Tensor | None:
+    """Return what is added to the scores of some of this rank's queries and some of another rank's keys.
+
+    Shape:
+        visible: (B, 1, S/cp, S) or None. Returns (B, 1, Q, C), 0 or -inf, or None.
+    """
+    if visible is None:
+        return None
+    held = positions_of_rank(visible.shape[-1], ranks, source, head_tail).to(visible.device)
+    seen = _part(_part(visible, queries).transpose(2, 3)[:, :, held], keys).transpose(2, 3)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 def _start_hop(x: Tensor, group: dist.ProcessGroup) -> tuple[list[dist.Work], Tensor, Tensor]:
@@ -221,26 +260,49 @@ def _finish_hop(hop: tuple[list[dist.Work], Tensor, Tensor]) -> Tensor:
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Add the attention over more keys to that over others, in place. Shape: (B, H, S, E) and (B, H, S)."""
     total = torch.logaddexp(lse, part_lse)
-    out.mul_((lse - total).exp().unsqueeze(-1)).add_(part * (part_lse - total).exp().unsqueeze(-1))
+    # -inf - -inf where a query has seen nothing yet: no share for either
+    mine, theirs = ((x - total).exp().nan_to_num(0.0).unsqueeze(-1) for x in (lse, part_lse))
+    out.mul_(mine).add_(part * theirs)
     lse.copy_(total)
 
 
-def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return attention over one block of keys, and the log-sum-exp of its scores: -inf where a query sees none."""
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    else:
+        causal = causal and bias is None
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+        if bias is not None:
+            lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)  # the kernel says 0
+    elif bias is None:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
+    else:  # no flash kernel on CUDA takes a mask
+        scores = _scores(q, k, bias)
+        lse = scores.logsumexp(-1)
+        out = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0) @ v.float()
     return out, lse
 
 
 def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients through one block, given the output and log-sum-exp over *all* blocks."""
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        causal = causal and bias is None
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias
+        )
+    if bias is not None:
+        shares = (_scores(q, k, bias) - lse.unsqueeze(-1)).exp()
+        grad = grad.float()
+        grad_shares = grad @ v.float().transpose(-1, -2) - (grad * out.float()).sum(-1, keepdim=True)
+        grad_scores = shares * grad_shares * q.shape[-1] ** -0.5
+        return grad_scores @ k.float(), grad_scores.transpose(-1, -2) @ q.float(), shares.transpose(-1, -2) @ grad
     empty = torch.empty(0, dtype=torch.int64, device="cpu")
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, empty, empty
     )
     return grads[0], grads[1], grads[2]
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5 + bias

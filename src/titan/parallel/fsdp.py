@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from titan.config.schema import ReshardAfterForward
-from titan.models.llama import Llama
+from titan.models.decoder import Decoder
 
 
 def apply_fsdp(
-    model: Llama,
+    model: Decoder,
     mesh: DeviceMesh,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,

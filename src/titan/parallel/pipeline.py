@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +22,13 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     PipelineScheduleMulti,
     PipelineScheduleSingle,
+    _PipelineScheduleRuntime,
     get_schedule_class,
 )
+from torch.distributed.tensor import DTensor
 
 from titan.config.schema import PipelineSchedule
-from titan.models.llama import Llama
-
-V_SCHEDULES = ("ZBVZeroBubble", "DualPipeV")
-"""Schedules in which the first and the last stage lie on the same rank."""
+from titan.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,62 @@ class Pipeline:
     has_last_stage: bool
 
 
-def stages_of_rank(schedule: PipelineSchedule, ranks: int, rank: int, stages: int) -> list[int]:
-    """Return the stages that a pipeline rank has, ascending."""
-    if schedule.name in V_SCHEDULES:
-        return [rank, stages - 1 - rank]
-    return list(range(rank, stages, ranks))
+class TiedEmbedding:
+    """An embedding on the first stage and its copy, as the output projection, on the last.
+
+    Both start from the same weights. After each backward pass their gradients are added up, in the same order on both
+    sides, so that the optimizer moves both alike.
+
+    Args:
+        embedding: The parameter on the first stage; None on a rank without that stage.
+        copy: The parameter on the last stage; None on a rank without that stage.
+        group: The ranks of the pipeline.
+        other: The pipeline rank that has the other of the two.
+    """
+
+    def __init__(
+        self, embedding: nn.Parameter | None, copy: nn.Parameter | None, group: dist.ProcessGroup, other: int
+    ) -> None:
+        self.embedding, self.copy, self.group, self.other = embedding, copy, group, other
+
+    def add_gradients(self) -> None:
+        """Give both the sum of both gradients."""
+        if self.embedding is not None and self.copy is not None:
+            mine, theirs = _local_gradient(self.embedding), _local_gradient(self.copy)
+            mine.add_(theirs)
+            theirs.copy_(mine)
+            return
+        parameter = self.embedding if self.embedding is not None else self.copy
+        if parameter is None:
+            return
+        mine = _local_gradient(parameter)
+        if not mine.numel():  # a shard without rows is without rows on the other stage too
+            return
+        theirs = torch.empty_like(mine)
+        peer = dist.get_global_rank(self.group, self.other)
+        exchange = [
+            dist.P2POp(dist.isend, mine.contiguous(), peer, self.group),
+            dist.P2POp(dist.irecv, theirs, peer, self.group),
+        ]
+        for work in dist.batch_isend_irecv(exchange):
+            work.wait()
+        mine.add_(theirs)  # of two numbers: the same bits in either order
 
 
-def split_model(model: Llama, blocks: Sequence[int], is_first: bool, is_last: bool) -> Llama:
-    """Return a copy of a model on meta that has some of its blocks; names of parameters stay."""
+def _local_gradient(parameter: nn.Parameter) -> Tensor:
+    gradient = parameter.grad
+    assert gradient is not None, "after a backward pass"
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def split_model(model: Decoder, modules: Sequence[str]) -> Decoder:
+    """Return a copy of a model on meta that has some of its modules; names of parameters stay."""
     stage = copy.deepcopy(model)
-    if not is_first:
-        stage.tok_embeddings = None
-    if not is_last:
-        stage.norm = stage.output = None
+    for name in ("tok_embeddings", "norm", "output"):
+        if name not in modules:
+            setattr(stage, name, None)
     for name in list(stage.layers):
-        if int(name) not in blocks:
+        if f"layers.{name}" not in modules:
             del stage.layers[name]
     return stage
 
@@ -65,6 +105,7 @@ def build_pipeline(
     stage_indices: Sequence[int],
     n_stages: int,
     schedule: PipelineSchedule,
+    schedule_csv: str | None,
     microbatches: int,
     group: dist.ProcessGroup,
     device: torch.device,
@@ -78,6 +119,7 @@ def build_pipeline(
         stage_indices: Which stages they are.
         n_stages: Of the whole pipeline.
         schedule: By PyTorch's name.
+        schedule_csv: A file with another one, see `titan.config.schedule_file`.
         microbatches: Into how many a micro-batch of the data is cut.
         group: The ranks of the pipeline.
         device: This rank's.
@@ -98,7 +140,7 @@ def build_pipeline(
                 group=group,
             )
         )
-    kind = get_schedule_class(schedule.name)
+    kind = get_schedule_class(schedule.name) if schedule_csv is None else _PipelineScheduleRuntime
     # The loss is already divided by the tokens of the whole global batch.
     built = kind(
         stages if issubclass(kind, PipelineScheduleMulti) else stages[0],
@@ -106,15 +148,19 @@ def build_pipeline(
         loss_fn=loss,
         scale_grads=False,
     )
+    if schedule_csv is not None:
+        built._load_csv(schedule_csv)
     return Pipeline(built, 0 in stage_indices, n_stages - 1 in stage_indices)
 
 
-def run_pipeline(pipeline: Pipeline, tokens: Tensor, labels: Tensor) -> Tensor:
+def run_pipeline(pipeline: Pipeline, tokens: Tensor, labels: Tensor, starts: Tensor | None = None) -> Tensor:
     """Run forward and backward of one micro-batch; returns the loss on the rank of the last stage, zero elsewhere."""
     losses: list[Tensor] | None = [] if pipeline.has_last_stage else None
     target = labels if pipeline.has_last_stage else None
     arguments = (tokens,) if pipeline.has_first_stage else ()
-    pipeline.schedule.step(*arguments, target=target, losses=losses)
+    # Every stage needs to know where documents begin, and every rank does: it has the same rows.
+    options: dict[str, Any] = {} if starts is None else {"starts": starts}
+    pipeline.schedule.step(*arguments, target=target, losses=losses, **options)
     if losses:
         return torch.stack([loss.detach() for loss in losses]).sum()
     return torch.zeros((), device=tokens.device)

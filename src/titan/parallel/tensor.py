@@ -29,8 +29,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from titan.data.batch import IGNORED_LABEL
+from titan.errors import TitanError
+from titan.models.decoder import Decoder
+from titan.models.family import Cut
 from titan.models.linear import Linear, linear
-from titan.models.llama import Llama, TransformerBlock
 from titan.parallel.collectives import (
     all_reduce,
     copy_to_ranks,
@@ -43,43 +45,39 @@ from titan.parallel.collectives import (
 _SEQUENCE = 1  # of (B, S, D)
 
 
-def apply_tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
+def apply_tensor_parallel(
+    model: Decoder, cut_of: Callable[[str], Cut | None], mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool
+) -> None:
     """Cut the weights over the ranks and put the exchanges between them, in place.
 
     Args:
         model: On meta, its blocks not yet wrapped.
+        cut_of: What to do with a module, by its name.
         mesh: One dim.
         sequence_parallel: Whether what lies between the blocks is cut along the sequence.
-        loss_parallel: Whether the logits stay cut by words; the loss then has to be `VocabParallelLoss`.
+        loss_parallel: Whether the logits stay cut by words; the loss then has to be `vocab_parallel_cross_entropy`.
+
+    Raises:
+        TitanError: If the plan forgets a module, or a module has a parameter that cannot be cut.
     """
     group = mesh.get_group()
-    enter = _enter(group, sequence_parallel)
-    leave = _leave(group, sequence_parallel)
-    norm_gradient: Placement = Partial() if sequence_parallel else Replicate()
-    if model.tok_embeddings is not None:
-        _cut(model.tok_embeddings, mesh, Shard(0))
-        model.tok_embeddings.register_forward_hook(leave)
-    for block in model.layers.values():
-        block = cast(TransformerBlock, block)
-        _cut(block.attention_norm, mesh, Replicate(), norm_gradient)
-        block.attention.register_forward_pre_hook(enter)
-        for matrix in (block.attention.wq, block.attention.wk, block.attention.wv):
-            _cut(matrix, mesh, Shard(0))
-        _cut(block.attention.wo, mesh, Shard(1))
-        block.attention.wo.register_forward_hook(leave)
-        _cut(block.ffn_norm, mesh, Replicate(), norm_gradient)
-        block.feed_forward.register_forward_pre_hook(enter)
-        _cut(block.feed_forward.w1, mesh, Shard(0))
-        _cut(block.feed_forward.w3, mesh, Shard(0))
-        _cut(block.feed_forward.w2, mesh, Shard(1))
-        block.feed_forward.w2.register_forward_hook(leave)
-    if model.norm is not None:
-        _cut(model.norm, mesh, Replicate(), norm_gradient)
-    if model.output is not None:
-        _cut(model.output, mesh, Shard(0))
-        model.output.register_forward_pre_hook(enter)
-        if not loss_parallel:
-            model.output.register_forward_hook(_gather_words(group))
+    enter, leave = _enter(group, sequence_parallel), _leave(group, sequence_parallel)
+    between: Placement = Partial() if sequence_parallel else Replicate()
+    for name, module in model.named_modules():
+        cut = cut_of(name)
+        if cut is None:
+            if module._parameters:
+                raise TitanError(f"the model family's tensor_plan says nothing of {name}, which has parameters")
+        elif cut in (Cut.whole, Cut.shared):
+            _cut(name, module, mesh, Replicate(), between if cut is Cut.whole else Partial())
+        elif cut is not Cut.enter:
+            _cut(name, module, mesh, Shard(1 if cut is Cut.columns else 0))
+        if cut in (Cut.enter, Cut.output):
+            module.register_forward_pre_hook(enter)
+        if cut in (Cut.words, Cut.columns):
+            module.register_forward_hook(leave)
+        if cut is Cut.output and not loss_parallel:
+            module.register_forward_hook(_gather_words(group))
     model.tie_weights()
 
 
@@ -117,24 +115,33 @@ def _gather_words(group: dist.ProcessGroup) -> Callable[..., Any]:
     return hook
 
 
-def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement, gradient: Placement | None = None) -> None:
-    """Make the weight a DTensor and let the module compute with its local part.
+def _cut(
+    name: str, module: nn.Module, mesh: DeviceMesh, placement: Placement, gradient: Placement | None = None
+) -> None:
+    """Make the parameters DTensors and let the module compute with its local parts.
 
     Args:
-        module: Has a `weight` on meta.
+        name: The module's.
+        module: On meta.
         mesh: One dim.
-        placement: Of the weight.
-        gradient: Of the local part's gradient, where that is not the weight's own.
+        placement: Of the parameters.
+        gradient: Of the local part's gradient, where that is not the parameter's own.
     """
-    weight = module._parameters["weight"]
-    assert weight is not None, "there is a weight"
-    local = weight.detach()
-    if isinstance(placement, Shard):
-        local = local.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].contiguous()
-    distributed = DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=weight.shape, stride=weight.stride()
-    )
-    module._parameters["weight"] = nn.Parameter(distributed)
+    for key, whole in module._parameters.items():
+        if whole is None:
+            continue
+        local = whole.detach()
+        if isinstance(placement, Shard):
+            if placement.dim >= whole.ndim or whole.shape[placement.dim] % mesh.size():
+                raise TitanError(
+                    f"{name}.{key} of shape {tuple(whole.shape)} cannot be cut along dim {placement.dim} "
+                    f"for parallelism.tp = {mesh.size()}"
+                )
+            local = local.chunk(mesh.size(), placement.dim)[mesh.get_local_rank()].contiguous()
+        distributed = DTensor.from_local(
+            local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+        module._parameters[key] = nn.Parameter(distributed)
     own = type(module)
     mixin = next((mixin for kind, mixin in _LOCAL.items() if own is kind), _LocalModule)
     module.__class__ = type(f"TensorParallel{own.__name__}", (mixin, own), {})
@@ -143,41 +150,42 @@ def _cut(module: nn.Module, mesh: DeviceMesh, placement: Placement, gradient: Pl
 
 
 class _LocalModule(nn.Module):
-    """A module that computes with the local part of its weight, whatever its own forward does with it."""
+    """A module that computes with the local parts of its parameters, whatever its own forward does with them."""
 
     group: dist.ProcessGroup
     gradient: Placement
 
-    def local_weight(self) -> Tensor:
-        weight = self._parameters["weight"]
-        assert isinstance(weight, DTensor), "cut over the ranks"
-        return weight.to_local(grad_placements=[self.gradient])
+    def local(self, key: str = "weight") -> Tensor:
+        parameter = self._parameters[key]
+        assert isinstance(parameter, DTensor), "cut over the ranks"
+        return parameter.to_local(grad_placements=[self.gradient])
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        weight = self._parameters["weight"]
-        self._parameters["weight"] = cast(nn.Parameter, self.local_weight())
+        distributed = dict(self._parameters)
+        for key in [key for key, parameter in distributed.items() if parameter is not None]:
+            self._parameters[key] = cast(nn.Parameter, self.local(key))
         try:
             return super().forward(*inputs)
         finally:
-            self._parameters["weight"] = weight
+            self._parameters.update(distributed)
 
 
 class _LocalLinear(_LocalModule):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return linear(x, self.local_weight())
+        return linear(x, self.local())
 
 
 class _LocalNorm(_LocalModule):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         norm = cast(nn.RMSNorm, self)
-        return F.rms_norm(x, norm.normalized_shape, self.local_weight(), norm.eps)
+        return F.rms_norm(x, norm.normalized_shape, self.local(), norm.eps)
 
 
 class _LocalEmbedding(_LocalModule):
     """Looks up the words that this rank has and gives zeros for the others, to be summed over ranks."""
 
     def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
-        weight = self.local_weight()
+        weight = self.local()
         local = tokens - self.group.rank() * weight.shape[0]
         elsewhere = (local < 0) | (local >= weight.shape[0])
         return F.embedding(local.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan.checkpoint.store import CheckpointStore, NamedParameters, load_weights
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
@@ -18,8 +18,9 @@ from titan.data.packing import PackedTokens, pack_tokens
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import ConfigError
 from titan.log import logger
-from titan.models.flops import count_parameters, flops_per_token, peak_tflops
-from titan.models.llama import Llama
+from titan.models.decoder import Decoder
+from titan.models.family import ModelFamily, load_family
+from titan.models.flops import peak_tflops
 from titan.optim.build import build_optimizer
 from titan.parallel.context import positions_of_rank
 from titan.parallel.mesh import Mesh, build_mesh
@@ -38,10 +39,13 @@ class Trainer:
     directory: RunDirectory
     device: torch.device
     mesh: Mesh
-    parts: list[Llama]
+    family: ModelFamily
+    parts: list[Decoder]
     """The model, or this rank's stages of it."""
     parameters: NamedParameters
     """By their names in the bare model."""
+    copies: list[nn.Parameter]
+    """Those of the parameters whose original is on another pipeline stage."""
     optimizer: torch.optim.Optimizer
     forward_backward: ForwardBackward
     packed: PackedTokens
@@ -72,10 +76,12 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
     if dist.get_world_size() != world_size(config.cluster):
         raise ConfigError(f"the config wants {world_size(config.cluster)} ranks, but {dist.get_world_size()} started")
     mesh = build_mesh(config.parallelism, device.type)
-    model = build_model(config, mesh, device)
+    family = load_family(config.model.family)
+    model = build_model(config, family, mesh, device)
     optimizer = build_optimizer(model.parameters, config.optimizer, device)
     tokenizer = build_tokenizer(config.tokenizer)
-    rows = PackedRows(packed, config.training.seq_len, padding=tokenizer.eos)
+    document_start = tokenizer.bos if config.data.mask_documents else None
+    rows = PackedRows(packed, config.training.seq_len, padding=tokenizer.eos, document_start=document_start)
     order = RowOrder(len(rows), config.training.global_batch_size, config.training.seed)
     directory = RunDirectory(Path(config.run.dir))
     store = None
@@ -86,8 +92,10 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
         directory,
         device,
         mesh,
+        family,
         model.parts,
         model.parameters,
+        model.copies,
         optimizer,
         model.forward_backward,
         packed,
@@ -141,8 +149,8 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
     lines = [
         (
             "model",
-            f"{config.model.name}, {count_parameters(config.model):,} parameters, "
-            f"{flops_per_token(config.model, training.seq_len) / 1e6:,.0f} MFLOP a token",
+            f"{config.model.name}, {trainer.family.count_parameters(config.model):,} parameters, "
+            f"{trainer.family.flops_per_token(config.model, training.seq_len) / 1e6:,.0f} MFLOP a token",
         ),
         ("mesh", f"{describe_degrees(config.parallelism)} = {ranks} rank{'s' * (ranks != 1)}"),
         (

@@ -15,7 +15,7 @@ from titan.log import logger
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.metrics.meter import Meter, bits_per_byte
 from titan.metrics.sinks import Console, JsonLines, format_seconds
-from titan.models.flops import flops_per_token, peak_tflops
+from titan.models.flops import peak_tflops
 from titan.optim.schedule import lr_factor, set_learning_rate
 from titan.trainer.build import Trainer
 from titan.trainer.device import GarbageCollector, device_name
@@ -58,6 +58,7 @@ def fit(trainer: Trainer) -> float | None:
                 config.training.max_grad_norm,
                 trainer.mesh.loss_group,
                 trainer.mesh.group("pp"),
+                trainer.copies,
             )
             state.step += 1
             state.tokens += trainer.tokens_per_step
@@ -83,7 +84,7 @@ def build_meter(trainer: Trainer) -> Meter:
     config = trainer.config
     return Meter(
         tokens_per_step=trainer.tokens_per_step,
-        flops_per_token=flops_per_token(config.model, config.training.seq_len),
+        flops_per_token=trainer.family.flops_per_token(config.model, config.training.seq_len),
         devices=dist.get_world_size(),
         peak_tflops=peak_tflops(device_name(trainer.device), config.training.param_dtype),
     )

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from titan.config.degrees import plan_stages, stages_per_rank
+from titan.config.degrees import plan_stages, stages_of_ranks
 from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
-from titan.models.llama import Llama
-from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_name
+from titan.models.decoder import Decoder
+from titan.models.family import ModelFamily
+from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_parameters
 from titan.parallel.mesh import Mesh
-from titan.parallel.pipeline import Pipeline, build_pipeline, run_pipeline, split_model, stages_of_rank
+from titan.parallel.pipeline import Pipeline, TiedEmbedding, build_pipeline, run_pipeline, split_model
 from titan.parallel.tensor import vocab_parallel_cross_entropy
 from titan.trainer.loss import LossSum, cross_entropy_sum, loss_share
 from titan.trainer.step import ForwardBackward, build_forward_backward
@@ -25,35 +26,47 @@ from titan.trainer.step import ForwardBackward, build_forward_backward
 class BuiltModel:
     """What this rank has of the model."""
 
-    parts: list[Llama]
+    parts: list[Decoder]
     """One, or this rank's stages of the pipeline."""
     forward_backward: ForwardBackward
     applied: list[str]
     """What was done to it, as lines for the log."""
 
     @property
-    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """This rank's parameters by their names in the bare model."""
-        return [(plain_name(name), p) for part in self.parts for name, p in part.named_parameters()]
+        return [named for part in self.parts for named in plain_parameters(part)]
+
+    @property
+    def copies(self) -> list[nn.Parameter]:
+        """Those of the parameters whose original is on another stage: a tied output without its embedding."""
+        return [
+            part.output.weight  # type: ignore[misc]
+            for part in self.parts
+            if part.config.tie_embeddings and part.output is not None and part.tok_embeddings is None
+        ]
 
 
-def build_model(config: TitanConfig, mesh: Mesh, device: torch.device) -> BuiltModel:
+def build_model(config: TitanConfig, family: ModelFamily, mesh: Mesh, device: torch.device) -> BuiltModel:
     """Return this rank's part of the model, initialised, and how to run it."""
     with torch.device("meta"):
-        whole = Llama(config.model, config.training.seq_len)
+        whole = family.build(config.model, config.training.seq_len)
     loss_sum: LossSum = cross_entropy_sum
     if config.parallelism.tp > 1 and config.parallelism.loss_parallel:
         loss_sum = partial(vocab_parallel_cross_entropy, group=mesh.group("tp"))
     if config.parallelism.pp == 1:
-        applied = _finish(whole, config, mesh, device)
+        applied = _finish(whole, family, config, mesh, device)
         return BuiltModel([whole], build_forward_backward(whole, loss_sum), applied)
 
     settings = config.parallelism
-    n_stages = settings.pp * stages_per_rank(settings)
-    plan = plan_stages(config.model.n_layers, n_stages, settings.pp_less_first, settings.pp_less_last)
-    indices = stages_of_rank(settings.pp_schedule, settings.pp, mesh.coordinate("pp"), n_stages)
-    parts = [split_model(whole, plan[i], i == 0, i == n_stages - 1) for i in indices]
-    applied, *_ = [_finish(part, config, mesh, device) for part in parts]
+    ranks = stages_of_ranks(settings)
+    n_stages = sum(map(len, ranks))
+    plan = settings.pp_modules or plan_stages(
+        config.model.n_layers, n_stages, settings.pp_less_first, settings.pp_less_last
+    )
+    indices = ranks[mesh.coordinate("pp")]
+    parts = [split_model(whole, plan[index]) for index in indices]
+    applied, *_ = [_finish(part, family, config, mesh, device) for part in parts]
     microbatches = config.training.local_batch_size if settings.pp_microbatches == -1 else settings.pp_microbatches
     seam = PipelineForwardBackward(loss_sum)
     seam.pipeline = build_pipeline(
@@ -61,14 +74,26 @@ def build_model(config: TitanConfig, mesh: Mesh, device: torch.device) -> BuiltM
         indices,
         n_stages,
         settings.pp_schedule,
+        settings.pp_schedule_csv,
         microbatches,
         mesh.group("pp"),
         device,
         _stage_shapes(config, microbatches),
         seam.loss,
     )
-    blocks = "; ".join(f"stage {i}: {_listed(stage)}" for i, stage in enumerate(plan))
-    applied.append(f"pipeline {settings.pp_schedule.name}, {microbatches} microbatches, blocks {blocks}")
+    if config.model.tie_embeddings:
+        first, last = (next(rank for rank, own in enumerate(ranks) if stage in own) for stage in (0, n_stages - 1))
+        embedding, copy = (
+            next(
+                (p for part in parts if (module := getattr(part, name)) is not None for p in module.parameters()), None
+            )
+            for name in ("tok_embeddings", "output")
+        )
+        other = last if mesh.coordinate("pp") == first else first
+        seam.tied = TiedEmbedding(embedding, copy, mesh.group("pp"), other)
+    name = settings.pp_schedule_csv or settings.pp_schedule.name
+    stages = "; ".join(f"stage {index}: {_listed(stage)}" for index, stage in enumerate(plan))
+    applied.append(f"pipeline {name}, {microbatches} microbatches, {stages}")
     return BuiltModel(parts, seam, applied)
 
 
@@ -79,6 +104,7 @@ class PipelineForwardBackward:
 
     def __init__(self, loss_sum: LossSum) -> None:
         self.loss_sum = loss_sum
+        self.tied: TiedEmbedding | None = None
         self._valid_tokens: Tensor | None = None
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -89,12 +115,15 @@ class PipelineForwardBackward:
     def __call__(self, batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """Run all micro-batches; returns the loss on the rank of the last stage, zero elsewhere."""
         self._valid_tokens = valid_tokens
-        return torch.stack([run_pipeline(self.pipeline, batch.tokens, batch.labels) for batch in batches]).sum()
+        losses = [run_pipeline(self.pipeline, batch.tokens, batch.labels, batch.starts) for batch in batches]
+        if self.tied is not None:
+            self.tied.add_gradients()
+        return torch.stack(losses).sum()
 
 
-def _finish(part: Llama, config: TitanConfig, mesh: Mesh, device: torch.device) -> list[str]:
-    applied = apply_parallelism(part, config, mesh, device)
-    init_weights(part, config.training.seed, device)
+def _finish(part: Decoder, family: ModelFamily, config: TitanConfig, mesh: Mesh, device: torch.device) -> list[str]:
+    applied = apply_parallelism(part, family, config, mesh, device)
+    init_weights(part, family, config.training.seed, device)
     part.train()
     return applied
 
@@ -115,5 +144,9 @@ def _stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tenso
         )
 
 
-def _listed(blocks: list[int]) -> str:
-    return f"{blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else str(blocks[0])
+def _listed(modules: list[str]) -> str:
+    """Return a stage's modules, its blocks as a range."""
+    blocks = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
+    ranged = [f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"] if blocks else []
+    first = [name for name in modules if name == "tok_embeddings"]
+    return ", ".join([*first, *ranged, *(name for name in modules if name in ("norm", "output"))])

@@ -41,7 +41,7 @@ def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackwa
             if isinstance(model, FSDPModule):
                 # Gradients travel once a step, after the last micro-batch.
                 model.set_requires_gradient_sync(index == len(batches) - 1)
-            loss = loss_share(model(batch.tokens), batch.labels, valid_tokens, loss_sum)
+            loss = loss_share(model(batch.tokens, batch.starts), batch.labels, valid_tokens, loss_sum)
             loss.backward()
             total += loss.detach()
         return total
@@ -57,6 +57,7 @@ def train_step(
     max_grad_norm: float,
     loss_group: dist.ProcessGroup,
     stage_group: dist.ProcessGroup,
+    copies: Sequence[nn.Parameter] = (),
 ) -> StepResult:
     """Do one step on this rank's micro-batches.
 
@@ -68,6 +69,7 @@ def train_step(
         max_grad_norm: See `clip_gradients`.
         loss_group: The ranks that see other tokens.
         stage_group: The ranks that have other stages of the model.
+        copies: Those of the parameters whose original is on another stage: they count once in the norm.
 
     Raises:
         NonFiniteError: If the loss or the gradient norm is not finite, before any weight has moved. Both are global,
@@ -79,7 +81,7 @@ def train_step(
     dist.all_reduce(loss, group=loss_group)
     if stage_group.size() > 1:  # only the last stage knows it
         dist.all_reduce(loss, group=stage_group)
-    norm = global_grad_norm(parameters, loss.device, stage_group)
+    norm = global_grad_norm(parameters, loss.device, stage_group, copies)
     result = StepResult(*torch.stack((loss, norm)).tolist())
     for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
         if not abs(value) < float("inf"):

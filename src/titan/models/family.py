@@ -1,0 +1,86 @@
+"""What titan has to know of a family of models to train it under every parallelism: one description, in one place.
+
+`model.family=llama` is titan's own. A family from outside is any `ModelFamily` that can be imported:
+`model.family=my_package.my_module:MY_FAMILY`. Its module is single-device code; everything parallel follows from this.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from titan.config.schema import ModelConfig
+from titan.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from titan.models.decoder import Decoder
+    from titan.models.init import Draw
+
+BUILT_IN = {"llama": "titan.models.llama:LLAMA"}
+
+
+class Cut(Enum):
+    """What tensor parallelism does with a module."""
+
+    words = "an embedding: every rank has some words; what they give is summed"
+    rows = "a linear layer whose outputs are shared out"
+    columns = "a linear layer whose inputs are shared out; what the ranks give is summed"
+    output = "the projection to words: every rank has some"
+    enter = "a module that needs the whole sequence; the modules in it are cut"
+    whole = "every rank has all of it, and uses it between the cut modules, on its part of the sequence"
+    shared = "every rank has all of it, and uses it inside a cut module, on its own heads"
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A kind of model."""
+
+    build: Callable[[ModelConfig, int], Decoder]
+    """The model for a shape and a row's length in tokens; called on the meta device, so it draws nothing."""
+    draw: Callable[[str, ModelConfig], Draw | None]
+    """How the parameter of a name is drawn; None fills it with ones. See `titan.models.init`."""
+    tensor_plan: Mapping[str, Cut]
+    """By patterns of module names. Every module that has parameters must be in it."""
+    hugging_face_names: Mapping[str, str]
+    """Module names to those of the transformers library; * stands for a block's index on both sides."""
+    count_parameters: Callable[[ModelConfig], int]
+    """All parameters of the whole model."""
+    flops_per_token: Callable[[ModelConfig, int], int]
+    """Floating-point operations of forward and backward for each token, at a row's length in tokens."""
+
+    def cut_of(self, module: str) -> Cut | None:
+        """Return what the tensor plan says of a module, by its name."""
+        return next((cut for pattern, cut in self.tensor_plan.items() if _fits(module, pattern)), None)
+
+
+def load_family(name: str) -> ModelFamily:
+    """Return the family that `model.family` names.
+
+    Args:
+        name: llama, or module:attribute.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    module, _, attribute = BUILT_IN.get(name, name).partition(":")
+    reason = f"Families: {', '.join(BUILT_IN)}, or one of your own as package.module:NAME."
+    if module and attribute:
+        try:
+            family = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            if isinstance(family, ModelFamily):
+                return family
+            reason = f"{attribute} is a {type(family).__name__}, not a titan.models.family.ModelFamily."
+    raise ConfigError([Problem(f"model.family = {name} is no model family", reason, "model.family=llama")])
+
+
+def _fits(module: str, pattern: str) -> bool:
+    # part by part, or * would also match dots
+    parts, patterns = module.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
