@@ -1,133 +1,383 @@
-"""What a run did, in numbers that another layout must reproduce: losses, gradients, weights.
+"""The command that proves: `python -m titan.verify parity [group=option] [group.key=value]`.
 
-`record_run` trains some steps on whatever mesh the config describes and brings everything together on rank 0;
-`compare_records` says by how much two records differ, over *every* parameter and not on average.
+parity   Trains the composed layout for some steps on CPU processes, and one process on the same rows, and holds the
+         two against each other: the loss and the gradient norm of every step, every parameter's gradient, every
+         parameter afterwards. Exit code 0 if they are the same within the stated tolerance, 1 if not, 2 if the
+         command is wrong.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from titan import worker
+from titan.config.check import check_config
+from titan.config.degrees import AXES, DATA_AXES, describe_degrees, stages_of_ranks, world_size
+from titan.config.load import compose, save_config
+from titan.config.schema import (
+    ActivationCheckpointConfig,
+    CheckpointMode,
+    CompileConfig,
+    ContextMethod,
+    Device,
+    Dtype,
+    Float8Recipe,
+    ModelConfig,
+    ParallelismConfig,
+    TitanConfig,
+)
+from titan.config.vocabulary import count_tokens
+from titan.errors import ConfigError, Problem, TitanError
+from titan.launch.environment import Rank, current_machine
+from titan.launch.local import launch_local
+from titan.run_directory import RunDirectory
 
-from titan.config.schema import TitanConfig
-from titan.data.packing import PackedTokens
-from titan.optim.schedule import lr_factor, set_learning_rate
-from titan.trainer.build import build_trainer
-from titan.trainer.loop import build_meter, steps_of_batches
-from titan.trainer.step import train_step
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+    from titan.trainer.record import Difference, Record
+
+MOST_RANKS = 64
+"""More processes than this on one machine are refused: they would only wait for each other."""
+_STEPS_VARIABLE = "TITAN_RECORD_STEPS"
 
 
 @dataclass(frozen=True)
-class Record:
-    """What some steps did."""
-
-    losses: list[float]
-    """Of every step, in nats a token."""
-    grad_norms: list[float]
-    """Of every step, before clipping."""
-    gradients: dict[str, Tensor]
-    """Of the first step, whole and after clipping, by the parameter's name."""
-    weights: dict[str, Tensor]
-    """After the last step, whole."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest differences of a record from a reference."""
+class Tolerance:
+    """The largest differences at which two runs count as the same; all relative, in the units of `Difference`."""
 
     loss: float
-    """Relative, over all steps."""
     grad_norm: float
-    """Relative, over all steps."""
     gradient: float
-    """The norm of a parameter's gradient difference over the norm of its gradient; the worst of all parameters."""
-    gradient_of: str
-    """Which parameter that is."""
     weight: float
-    """The same for the weights after the last step."""
-    weight_of: str
-    """Which parameter that is."""
 
 
-def record_run(config: TitanConfig, device: torch.device, packed: PackedTokens) -> Record | None:
-    """Train all steps of a config and return what they did, on rank 0; None on all other ranks."""
-    trainer = build_trainer(config, device, packed)
-    batches = steps_of_batches(trainer, build_meter(trainer))
-    parameters = [parameter for _, parameter in trainer.parameters]
-    losses: list[float] = []
-    norms: list[float] = []
-    gradients: dict[str, Tensor] = {}
-    for step in range(config.training.steps):
-        factor = lr_factor(step, config.training.steps, config.lr_scheduler)
-        set_learning_rate(trainer.optimizer, config.optimizer.lr * factor)
-        result = train_step(
-            next(batches),
-            trainer.forward_backward,
-            parameters,
-            trainer.optimizer,
-            config.training.max_grad_norm,
-            trainer.mesh.loss_group,
-            trainer.mesh.group("pp"),
-            trainer.copies,
+FLOAT32 = Tolerance(loss=1e-5, grad_norm=1e-4, gradient=1e-4, weight=1e-4)
+"""Only the order of sums differs, some of 1e-7 each."""
+BFLOAT16 = Tolerance(loss=1e-3, grad_norm=1e-2, gradient=5e-2, weight=5e-2)
+"""Each product is rounded to 8 bits (4e-3), and a layout moves where that happens. AdamW makes most of it for the
+weights: its first steps move each by the whole learning rate, whichever way its gradient points, however small."""
+FLOAT8 = Tolerance(loss=1e-2, grad_norm=1e-1, gradient=3e-1, weight=1e-1)
+"""To 3 or 4 bits (6e-2); and tensor parallelism gives each part of a matrix a scale of its own."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    if sys.argv[1:2] == ["record"]:  # a rank, started by `parity`
+        code = worker.main(sys.argv[2:], job=_record, on_console=False)
+        sys.stdout.flush()
+        os._exit(code)
+    arguments = _parse_arguments()
+    try:
+        is_same = parity(
+            arguments.overrides, arguments.config_dir, arguments.steps, arguments.shrink, arguments.json, arguments.keep
         )
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
-        if step == 0:
-            gradients = _gather({name: p.grad for name, p in trainer.parameters if p.grad is not None})
-    weights = _gather({name: p.detach() for name, p in trainer.parameters})
-    return Record(losses, norms, gradients, weights) if dist.get_rank() == 0 else None
+    except TitanError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0 if is_same else 1)
 
 
-def compare_records(record: Record, reference: Record) -> Difference:
-    """Return the largest differences of a record from a reference.
+def parity(
+    overrides: Sequence[str],
+    config_dir: str | None = None,
+    steps: int = 3,
+    shrink: bool = False,
+    as_json: bool = False,
+    keep: str | None = None,
+) -> bool:
+    """Hold a layout against one process; prints what it finds.
+
+    Args:
+        overrides: The layout, as for `titan.train`.
+        config_dir: A folder of one's own config groups.
+        steps: Steps to train.
+        shrink: Whether to shrink the model and the rows to what the layout needs.
+        as_json: Print one JSON object and nothing else.
+        keep: A folder for the two runs; None takes a temporary one.
+
+    Returns:
+        Whether the two are the same.
 
     Raises:
-        ValueError: If they do not hold the same parameters.
+        ConfigError: If the config is wrong, or not one for a CPU.
+        RanksFailed: If a rank fails; its log is kept.
     """
-    for kind, mine, theirs in (
-        ("gradients", record.gradients, reference.gradients),
-        ("weights", record.weights, reference.weights),
-    ):
-        if mine.keys() != theirs.keys():
-            raise ValueError(f"{kind} of different parameters: {sorted(mine.keys() ^ theirs.keys())}")
-    gradient_of, gradient = _worst(record.gradients, reference.gradients)
-    weight_of, weight = _worst(record.weights, reference.weights)
-    return Difference(
-        loss=_relative(record.losses, reference.losses),
-        grad_norm=_relative(record.grad_norms, reference.grad_norms),
-        gradient=gradient,
-        gradient_of=gradient_of,
-        weight=weight,
-        weight_of=weight_of,
+    folder = Path(keep or tempfile.mkdtemp(prefix="titan_parity_")).absolute()
+    is_kept = keep is not None
+    try:
+        layout = build_layout(compose(overrides, config_dir), folder / "layout", shrink)
+        reference = build_reference(layout, folder / "one_process")
+        say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+        for line in _describe(layout, shrink, steps):
+            say(line)
+        records = [
+            _run(config, steps, say, title) for title, config in (("one process", reference), ("the layout", layout))
+        ]
+        report = build_report(layout, records[1], records[0])
+        if as_json:
+            print(json.dumps(report, indent=2))
+        else:
+            say("")
+            for line in format_report(report):
+                say(line)
+        return report["verdict"] == "the same"
+    except ConfigError:
+        raise
+    except TitanError:
+        is_kept = True
+        raise
+    finally:
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def build_layout(config: TitanConfig, directory: Path, shrink: bool) -> TitanConfig:
+    """Return the config as CPU processes of this machine run it, resolved and checked.
+
+    Raises:
+        ConfigError: If it is wrong, or needs more processes than make sense here.
+    """
+    settings, cluster = config.parallelism, config.cluster
+    degrees = [getattr(settings, axis) for axis in AXES]
+    if cluster.devices_per_node is None:
+        # One process is what there is to compare with, so an open degree becomes 2.
+        ranks = math.prod(2 if degree == -1 else max(degree, 1) for degree in degrees)
+    else:
+        ranks = (cluster.nodes or 1) * cluster.devices_per_node
+    if ranks > MOST_RANKS:
+        fixed = math.prod(getattr(settings, axis) for axis in AXES if axis not in DATA_AXES)
+        raise ConfigError(
+            [
+                Problem(
+                    f"{ranks} ranks are {ranks} processes of this machine, and at most {MOST_RANKS} make sense",
+                    "What a layout does shows at small degrees too.",
+                    f"cluster.nodes=1 cluster.devices_per_node={2 * fixed}"
+                    if 2 * fixed <= MOST_RANKS
+                    else "cluster.nodes=1 cluster.devices_per_node=16 parallelism.tp=2   and 2 for the other degrees",
+                )
+            ]
+        )
+    config = replace(
+        config,
+        run=replace(config.run, dir=str(directory)),
+        cluster=replace(cluster, nodes=1, devices_per_node=ranks, device=Device.cpu),
+        checkpoint=replace(config.checkpoint, mode=CheckpointMode.disabled, load_step=-1, initial_load=None),
+        profiling=replace(config.profiling, enable=False),
+    )
+    if shrink:
+        config = shrink_config(config)
+    return check_config(config, replace(current_machine(), gpus=0))
+
+
+def build_reference(layout: TitanConfig, directory: Path) -> TitanConfig:
+    """Return the same training in one process: no parallelism, nothing compiled, nothing recomputed."""
+    return replace(
+        layout,
+        run=replace(layout.run, dir=str(directory)),
+        cluster=replace(layout.cluster, devices_per_node=1),
+        parallelism=ParallelismConfig(dp_shard=1),
+        compile=CompileConfig(),
+        activation_checkpoint=ActivationCheckpointConfig(),
     )
 
 
-def _gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    whole = {name: (t.full_tensor() if isinstance(t, DTensor) else t).cpu() for name, t in tensors.items()}
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object({name: t.clone() for name, t in whole.items()}, parts)
-    merged: dict[str, Tensor] = {}
-    for part in parts or []:
-        merged |= part or {}
-    return merged
+def shrink_config(config: TitanConfig) -> TitanConfig:
+    """Return the config with the smallest model and rows that its layout can cut as it cuts the whole ones."""
+    model, settings = config.model, config.parallelism
+    cp_over_heads = settings.cp if settings.cp_method is ContextMethod.all_to_all else 1
+    n_kv_heads = min(model.n_kv_heads, max(2, settings.tp * cp_over_heads))
+    n_heads = n_kv_heads * (model.n_heads // model.n_kv_heads)
+    unit = 16 * settings.tp  # float8 wants multiples of 16 on every rank
+    stages = sum(map(len, stages_of_ranks(settings))) if settings.pp > 1 else 1
+    n_layers = model.n_layers
+    if settings.pp_modules is None:
+        n_layers = min(n_layers, max(2, stages + settings.pp_less_first + settings.pp_less_last))
+    tokens = settings.tp * -(-count_tokens(config.tokenizer) // settings.tp)
+    parts = settings.cp * 2 * settings.tp
+    shape = ModelConfig(
+        **{field: getattr(model, field) for field in ("name", "max_seq_len", "norm_eps", "rope_theta", "family")},
+        rope_scaling=model.rope_scaling,
+        tie_embeddings=model.tie_embeddings,
+        dim=16 * n_heads,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        ffn_dim=unit * max(1, 32 * n_heads // unit),
+        vocab_size=min(model.vocab_size, tokens),
+    )
+    seq_len = min(config.training.seq_len, parts * max(1, 64 // parts))
+    return replace(config, model=shape, training=replace(config.training, seq_len=seq_len))
 
 
-def _relative(values: list[float], references: list[float]) -> float:
-    return max(abs(v - r) / max(abs(r), 1e-30) for v, r in zip(values, references, strict=True))
+def build_report(layout: TitanConfig, record: Record, reference: Record) -> dict[str, Any]:
+    """Return what was found, as plain data."""
+    from titan.trainer.record import compare_records
+
+    difference = compare_records(record, reference)
+    tolerance = tolerance_of(layout)
+    return {
+        "verdict": "the same" if is_same(difference, tolerance) else "different",
+        "model": layout.model.name,
+        "parallelism": {key: getattr(value, "name", value) for key, value in asdict(layout.parallelism).items()},
+        "ranks": world_size(layout.cluster),
+        "dtype": layout.training.param_dtype.name,
+        "steps": [
+            {"step": step, "loss": loss, "reference_loss": expected, "grad_norm": norm, "reference_grad_norm": wanted}
+            for step, (loss, expected, norm, wanted) in enumerate(
+                zip(record.losses, reference.losses, record.grad_norms, reference.grad_norms, strict=True), 1
+            )
+        ],
+        "parameters": len(record.weights),
+        "difference": asdict(difference),
+        "tolerance": asdict(tolerance),
+    }
 
 
-def _worst(tensors: dict[str, Tensor], references: dict[str, Tensor]) -> tuple[str, float]:
-    def difference(name: str) -> float:
-        reference = references[name].double()
-        norm = reference.norm().item()
-        distance = (tensors[name].double() - reference).norm().item()
-        return distance / norm if norm else distance
+def tolerance_of(config: TitanConfig) -> Tolerance:
+    """Return what a config's number formats allow."""
+    if config.float8.recipe is not Float8Recipe.none:
+        return FLOAT8
+    is_exact = config.training.param_dtype is Dtype.float32 and config.training.reduce_dtype is Dtype.float32
+    return FLOAT32 if is_exact else BFLOAT16
 
-    differences = {name: difference(name) for name in references}
-    name = max(differences, key=lambda key: differences[key])
-    return name, differences[name]
+
+def is_same(difference: Difference, tolerance: Tolerance) -> bool:
+    """Return whether no difference is above its tolerance; one that is no number is."""
+    return all(getattr(difference, name) <= allowed for name, allowed in asdict(tolerance).items())
+
+
+def format_report(report: dict[str, Any]) -> Iterator[str]:
+    """Return the report as lines of a table."""
+    difference, tolerance = report["difference"], report["tolerance"]
+    rows: list[tuple[str, str, str, str, str, str]] = [("", "one process", "the layout", "difference", "allowed", "")]
+    for row in report["steps"]:
+        for title, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
+            value, expected = row[key], row[f"reference_{key}"]
+            apart = abs(value - expected) / max(abs(expected), 1e-30)
+            rows.append(
+                (
+                    f"step {row['step']}  {title}",
+                    f"{expected:.7f}",
+                    f"{value:.7f}",
+                    f"{apart:.1e}",
+                    f"{tolerance[key]:.0e}",
+                    _mark(apart, tolerance[key]),
+                )
+            )
+    for title, key in (("gradients of step 1", "gradient"), (f"weights after step {len(report['steps'])}", "weight")):
+        rows.append(
+            (
+                f"{title}, worst of {report['parameters']}",
+                "",
+                difference[f"{key}_of"],
+                f"{difference[key]:.1e}",
+                f"{tolerance[key]:.0e}",
+                _mark(difference[key], tolerance[key]),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        title, *cells = row
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join([title.ljust(widths[0]), *aligned]).rstrip()
+    yield ""
+    yield f"verdict: {report['verdict']}"
+
+
+def _mark(difference: float, allowed: float) -> str:
+    return "" if difference <= allowed else "<-- different"
+
+
+def _describe(layout: TitanConfig, shrink: bool, steps: int) -> Iterator[str]:
+    model, training = layout.model, layout.training
+    yield (
+        f"model    {model.name}{', shrunk' if shrink else ''}: dim {model.dim}, {model.n_layers} blocks, "
+        f"{model.n_heads} heads, {model.n_kv_heads} kv heads, {model.vocab_size:,} words"
+    )
+    ranks = world_size(layout.cluster)
+    yield f"layout   {describe_degrees(layout.parallelism)} = {ranks} rank{'s' * (ranks != 1)}"
+    yield (
+        f"batch    {training.global_batch_size} rows x {training.seq_len} tokens, {steps} steps, "
+        f"{training.param_dtype.name}"
+    )
+
+
+def _run(config: TitanConfig, steps: int, say: Any, title: str) -> Record:
+    from titan.trainer.record import Record
+
+    directory = RunDirectory(Path(config.run.dir))
+    directory.path.mkdir(parents=True, exist_ok=True)
+    save_config(config, directory.config)
+    began = time.monotonic()
+    before = dict(os.environ)
+    os.environ |= {_STEPS_VARIABLE: str(steps), "OMP_NUM_THREADS": "1"}
+    try:
+        launch_local(directory, world_size(config.cluster), ("titan.verify", "record"))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    say(f"{title:<12} {time.monotonic() - began:.1f} s")
+    return Record.load(_record_file(directory))
+
+
+def _record(config: TitanConfig, rank: Rank, store: Store | None) -> float | None:
+    """The job of a rank."""
+    import torch.distributed as dist
+
+    from titan.trainer.record import record_run
+
+    device, packed = worker.join_ranks(config, rank, store)
+    record = record_run(config, device, packed, int(os.environ[_STEPS_VARIABLE]))
+    if record is not None:
+        record.save(_record_file(RunDirectory(Path(config.run.dir))))
+    dist.destroy_process_group()
+    return record.losses[-1] if record is not None else None
+
+
+def _record_file(directory: RunDirectory) -> Path:
+    return directory.path / "record.pt"
+
+
+def _parse_arguments() -> argparse.Namespace:
+    # By hand and not as a subparser: argparse mixes flags and overrides on one level only.
+    if sys.argv[1:2] != ["parity"]:
+        wants_help = sys.argv[1:2] in (["-h"], ["--help"])
+        print(__doc__ if wants_help else "usage: python -m titan.verify parity [--help]", end="\n" * (not wants_help))
+        sys.exit(0 if wants_help else ConfigError.exit_code)
+    command = argparse.ArgumentParser(
+        prog="python -m titan.verify parity",
+        description="Hold the composed layout against one process, on the CPU. Exit code 0: the same, 1: different.",
+    )
+    command.add_argument("overrides", nargs="*", metavar="group=option|key=value", help="as for titan.train")
+    command.add_argument("--steps", type=_positive, default=3, help="steps to train (default: 3)")
+    command.add_argument("--shrink", action="store_true", help="shrink model and rows to what the layout needs")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument("--keep", metavar="DIR", help="keep both runs, their logs and records in this folder")
+    command.add_argument("--config-dir", metavar="DIR", help="a folder of config groups of your own")
+    return command.parse_intermixed_args(sys.argv[2:])
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+if __name__ == "__main__":
+    main()

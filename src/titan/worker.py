@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +27,26 @@ from titan.log import logger, start_logging, start_rank_log
 from titan.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import Store
+
+    from titan.data.packing import PackedTokens
 
 _LEAVE_SECONDS = 10.0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the rank that the environment describes; returns its exit code."""
+Job = Callable[[TitanConfig, Rank, "Store | None"], float | None]
+"""What a rank does: `train`, or what another command wants done on the same ranks; returns the last loss."""
+
+
+def main(arguments: list[str] | None = None, job: Job | None = None, on_console: bool = True) -> int:
+    """Run the rank that the environment describes; returns its exit code.
+
+    Args:
+        arguments: The command line without the program.
+        job: What to do; None trains.
+        on_console: Whether rank 0 speaks on the console; every rank has its log file in any case.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     start_logging()
     _die_with_launcher()
@@ -48,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if rank is None and RunDirectory(Path(config.run.dir)).is_complete(config.training.steps):
         logger.info(f"{config.run.dir}: this run is complete (step {config.training.steps}); nothing to do")
         return 0
-    return run_rank(config, rank or Rank())
+    return run_rank(config, rank or Rank(), job=job, on_console=on_console)
 
 
 def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> int:
@@ -94,17 +108,23 @@ def _leave_store(store: Store, key: str, rank: Rank) -> None:
         left = store.add(key, 0)
 
 
-def run_rank(config: TitanConfig, rank: Rank, store: Store | None = None) -> int:
-    """Train as this rank and account for how it ended; returns the exit code."""
+def run_rank(
+    config: TitanConfig,
+    rank: Rank,
+    store: Store | None = None,
+    job: Job | None = None,
+    on_console: bool = True,
+) -> int:
+    """Do a rank's job, training if no other, and account for how it ended; returns the exit code."""
     directory = RunDirectory(Path(config.run.dir))
-    start_rank_log(directory.log(rank.rank, rank.attempt), rank.rank, on_console=rank.rank == 0)
+    start_rank_log(directory.log(rank.rank, rank.attempt), rank.rank, on_console=on_console and rank.rank == 0)
     is_first = rank.rank == 0
     loss_before = directory.read_status().get("loss")
     if is_first:
         directory.write_status("running")
         directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
     try:
-        loss = train(config, rank, store)
+        loss = (job or train)(config, rank, store)
     except TitanError as error:
         return _report(directory, rank, error, error.exit_code, str(error))
     except KeyboardInterrupt as error:
@@ -129,9 +149,31 @@ def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float 
     """
     import torch.distributed as dist
 
-    from titan.trainer.build import build_trainer, load_packed_tokens, resume
-    from titan.trainer.device import make_deterministic, select_device
+    from titan.trainer.build import build_trainer, resume
     from titan.trainer.loop import fit
+
+    device, packed = join_ranks(config, rank, store)
+    trainer = build_trainer(config, device, packed)
+    resume(trainer)
+    if trainer.state.step and rank.rank == 0:
+        trainer.directory.append_event("resume", step=trainer.state.step)
+    loss = fit(trainer)
+    dist.destroy_process_group()
+    return loss
+
+
+def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, PackedTokens]:
+    """Make this rank's device and data ready and start the default process group.
+
+    Args:
+        config: Frozen.
+        rank: This rank's place.
+        store: Where the ranks meet; None meets at the launcher's, or alone.
+    """
+    import torch.distributed as dist
+
+    from titan.trainer.build import load_packed_tokens
+    from titan.trainer.device import make_deterministic, select_device
 
     if config.training.deterministic:
         make_deterministic()
@@ -148,13 +190,7 @@ def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float 
         timeout=timedelta(seconds=config.cluster.timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-    trainer = build_trainer(config, device, packed)
-    resume(trainer)
-    if trainer.state.step and rank.rank == 0:
-        trainer.directory.append_event("resume", step=trainer.state.step)
-    loss = fit(trainer)
-    dist.destroy_process_group()
-    return loss
+    return device, packed
 
 
 def _report(directory: RunDirectory, rank: Rank, error: BaseException, code: int, text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from titan.verify import Record
+from titan.trainer.record import Record
 
 from .layouts import make_packed, record_layout
 from .pool import RankPool
@@ -42,7 +42,7 @@ def record(pools: Callable[[int], RankPool], packed_file: Path) -> Callable[...,
     def run(world_size: int, *overrides: str) -> Record:
         key = (str(world_size), *overrides)
         if key not in known:
-            known[key] = pools(world_size).run(record_layout, world_size, overrides, packed_file)[0]
+            known[key] = pools(world_size).run(record_layout, world_size, overrides, packed_file, timeout=250)[0]
         return known[key]
 
     return run

@@ -12,7 +12,7 @@ from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.data.packing import PackedTokens, token_dtype
-from titan.verify import Record, record_run
+from titan.trainer.record import Record, record_run
 
 SMALL = (
     "model.dim=32",

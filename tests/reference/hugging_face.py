@@ -6,28 +6,11 @@ embedding turns neighbours (0, 1), (2, 3), ... of each head, Hugging Face's turn
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from titan.config.schema import ModelConfig
-
-NAMES = {
-    "tok_embeddings.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight",
-    "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight",
-    "feed_forward.w2.weight": "mlp.down_proj.weight",
-    "feed_forward.w3.weight": "mlp.up_proj.weight",
-    "attention_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-}
-"""Meta's names, without the block's index, to Hugging Face's."""
+from titan.models.llama import LLAMA
 
 
 def to_hugging_face_config(config: ModelConfig) -> LlamaConfig:
@@ -64,15 +47,10 @@ def to_hugging_face_weights(tensors: dict[str, Tensor], config: ModelConfig) -> 
     """Rename and reorder weights, or anything else of their shapes, such as their gradients."""
     out = {}
     for name, tensor in tensors.items():
-        block = re.match(r"layers\.(\d+)\.(.*)", name)
-        if block is None:
-            out[NAMES[name]] = tensor
-            continue
-        index, rest = block.groups()
-        heads = {"attention.wq.weight": config.n_heads, "attention.wk.weight": config.n_kv_heads}.get(rest)
+        heads = config.n_heads if ".wq." in name else config.n_kv_heads if ".wk." in name else None
         if heads is not None:
             tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        out[f"model.layers.{index}.{NAMES[rest]}"] = tensor
+        out[LLAMA.hugging_face_name(name)] = tensor
     return out
 
 

@@ -22,6 +22,7 @@ CONTINUED = (
     "data.path",
     "data.text_field",
     "data.bad_documents",
+    "data.mask_documents",
     "training.seq_len",
     "training.global_batch_size",
     "training.seed",

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from titan.errors import RanksFailed, TitanError
@@ -26,12 +27,13 @@ class Interrupted(TitanError):
         self.exit_code = 128 + number
 
 
-def launch_local(directory: RunDirectory, ranks: int) -> None:
+def launch_local(directory: RunDirectory, ranks: int, command: Sequence[str] = ("titan.worker",)) -> None:
     """Start ranks and wait for them.
 
     Args:
         directory: The run's; its config must be frozen.
         ranks: How many.
+        command: The module that each rank runs, and its arguments before the path of the config.
 
     Raises:
         RanksFailed: If a rank failed; names the first that did, and carries its exit code.
@@ -56,7 +58,7 @@ def launch_local(directory: RunDirectory, ranks: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     os.environ["TITAN_LAUNCHER_PID"] = str(os.getpid())
     try:
-        elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", "titan.worker", str(directory.config))
+        elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
     except ChildFailedError as error:
         raise _explain(error, directory) from None
     except SignalException as error:

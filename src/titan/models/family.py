@@ -56,6 +56,19 @@ class ModelFamily:
         """Return what the tensor plan says of a module, by its name."""
         return next((cut for pattern, cut in self.tensor_plan.items() if _fits(module, pattern)), None)
 
+    def hugging_face_name(self, parameter: str) -> str:
+        """Return what the transformers library calls a parameter.
+
+        Raises:
+            KeyError: If the description does not say.
+        """
+        module, _, last = parameter.rpartition(".")
+        for pattern, name in self.hugging_face_names.items():
+            if _fits(module, pattern):
+                index = next((part for part in module.split(".") if part.isdigit()), "")
+                return f"{name.replace('*', index)}.{last}"
+        raise KeyError(parameter)
+
 
 def load_family(name: str) -> ModelFamily:
     """Return the family that `model.family` names.
