@@ -1,4 +1,4 @@
-"""Fixtures for all tests: titan's command in this process and in one of its own, and some text to train on."""
+"""Fixtures for all tests: titan's command in this process and in one of its own, ranks, and some text to train on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,25 @@ from hydra.core.global_hydra import GlobalHydra
 from titan import train
 from titan.log import logger
 
+from .parallel.pool import RankPool
 from .support.command import TINY, Finished, clean_environment, finish, start
 
 Command = Callable[..., Finished]
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], RankPool]]:
+    """A pool of ranks of each size, made when first asked for."""
+    made: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in made:
+            made[world_size] = RankPool(world_size)
+        return made[world_size]
+
+    yield pool
+    for each in made.values():
+        each.close()
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -37,13 +38,15 @@ from titan.config.load import (
     register_schema,
     to_typed,
 )
-from titan.config.schema import TitanConfig
+from titan.config.schema import ClusterKind, TitanConfig
 from titan.errors import INTERRUPTED, ConfigError, Problem, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import current_machine, current_rank
 from titan.launch.local import launch_local
 from titan.log import logger, start_logging
 from titan.run_directory import RunDirectory
+
+_TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -54,43 +57,26 @@ class Outcome:
     directory: Path
     exit_code: int
 
+    @property
+    def state(self) -> str:
+        """What the run says of itself, or that this point was not let into its directory."""
+        if self.exit_code == ConfigError.exit_code:
+            return "refused"
+        return RunDirectory(self.directory).read_status().get("state", "failed")
+
 
 def main() -> None:
     """Run the command line and exit with the code that `titan.errors` documents."""
     start_logging()
-    outcomes: list[Outcome] = []
-    is_composed = False
-
-    def run(composed: DictConfig) -> float | None:
-        nonlocal is_composed
-        is_composed = True
-        with _hydra_shows_tracebacks(None):
-            try:
-                outcomes.append(run_point(composed, arguments))
-            except TitanError as error:  # Hydra would announce it with a line of its own
-                _exit_with(error)
-        return RunDirectory(outcomes[-1].directory).read_status().get("loss")
-
     register_schema()
     arguments = get_args_parser().parse_args()
     try:
-        if arguments.multirun:
-            check_points(arguments)
-        # Without this, Hydra prints its errors and exits with 1 before they reach us.
-        with _hydra_shows_tracebacks("1"):
-            hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name=CONFIG_NAME)(run)()
+        outcomes = run_command(arguments)
     except TitanError as error:
         _exit_with(error)
-    except SystemExit as stop:
-        # what Hydra refuses by itself is a mistake in the command
-        sys.exit(ConfigError.exit_code if stop.code == 1 and not is_composed else stop.code)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except Exception as error:
-        if is_composed:
-            raise
-        _exit_with(ConfigError(_explain(error, arguments.overrides, arguments)))
     if len(outcomes) > 1:
         for line in summarise(outcomes):
             logger.info(line)
@@ -102,16 +88,64 @@ def main() -> None:
     sys.exit(code)
 
 
+def run_command(arguments: Namespace) -> list[Outcome]:
+    """Let Hydra compose, and run every point of what it composed; returns how they ended.
+
+    Raises:
+        TitanError: If the command is wrong.
+        SystemExit: After a flag that shows something and starts nothing.
+    """
+    outcomes: list[Outcome] = []
+    is_composed = False
+
+    def run(composed: DictConfig) -> float | None:
+        nonlocal is_composed
+        is_composed = True
+        with _hydra_shows_tracebacks(None):
+            try:
+                outcomes.append(run_point(composed, arguments))
+            except TitanError as error:  # Hydra would announce it with a line of its own
+                _exit_with(error)
+        if outcomes[-1].exit_code in _TOLD_TO_STOP:
+            sys.exit(outcomes[-1].exit_code)  # or the next point of a sweep would start
+        return RunDirectory(outcomes[-1].directory).read_status().get("loss")
+
+    try:
+        if is_sweep(arguments):
+            check_points(arguments)
+        # Without this, Hydra prints its errors and exits with 1 before they reach us.
+        with _hydra_shows_tracebacks("1"):
+            hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name=CONFIG_NAME)(run)()
+    except SystemExit as stop:
+        # what Hydra refuses by itself is a mistake in the command
+        sys.exit(ConfigError.exit_code if stop.code == 1 and not is_composed else stop.code)
+    except TitanError:
+        raise
+    except Exception as error:
+        if is_composed:
+            raise
+        raise ConfigError(_explain(error, arguments.overrides, arguments)) from error
+    return outcomes
+
+
+def is_sweep(arguments: Namespace) -> bool:
+    """Whether the command line asks for several points."""
+    return arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+
+
 def check_points(arguments: Namespace) -> None:
-    """Check every point of a sweep before the first one starts.
+    """Check every point of a sweep before Hydra writes anything or the first one starts.
 
     Raises:
         ConfigError: With the problems of all points, each problem once.
+        Exception: What Hydra and OmegaConf raise where a point does not compose.
     """
     try:
         points = points_of_sweep(arguments.overrides, arguments.config_dir)
     except HydraException:
         return  # unreadable, which Hydra will say; or a sweeper that chooses its points as it goes
+    if not points:
+        raise ConfigError([Problem("the sweep has no point", "A glob() or a range() in it gives nothing.")])
     found: dict[Problem, list[str]] = {}
     for overrides in points:
         try:
@@ -120,8 +154,6 @@ def check_points(arguments: Namespace) -> None:
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(" ".join(overrides))
-        except COMPOSITION_ERRORS:
-            return  # Hydra meets it too, and it is explained there
     if found:
         raise ConfigError(
             replace(problem, what=f"{problem.what}   (at {len(where)} of {len(points)} points: {where[0]})")
@@ -144,16 +176,31 @@ def run_point(composed: DictConfig, arguments: Namespace) -> Outcome:
         config = to_typed(composed)
     except (ConfigError, *COMPOSITION_ERRORS) as error:
         raise ConfigError(_explain(error, overrides, arguments)) from error
-    if settings.mode is RunMode.MULTIRUN:
+    is_point = settings.mode is RunMode.MULTIRUN
+    if is_point:
         config = replace(config, run=replace(config.run, dir=settings.runtime.output_dir))
-        logger.info(f"\n== point {settings.job.num}: {' '.join(overrides) or 'no overrides'}")
+        varied = [text for text in overrides if text not in arguments.overrides]
+        logger.info(f"\n== point {settings.job.num}: {' '.join(varied) or 'nothing varied'}")
     config = check_config(config, current_machine())
     directory = RunDirectory(Path(config.run.dir))
-    return Outcome(overrides, directory.path, dispatch(config, directory, overrides))
+    try:
+        code = dispatch(config, directory, overrides)
+    except ConfigError as error:
+        if not is_point:
+            raise
+        print(error, file=sys.stderr)  # the other points have directories of their own
+        code = error.exit_code
+    return Outcome(overrides, directory.path, code)
 
 
 def dispatch(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -> int:
     """Start the ranks, or be one; returns the exit code."""
+    if config.cluster.kind is ClusterKind.simulated:
+        from titan import simulate
+
+        for line in simulate.describe(config, simulate.simulate(config)):
+            logger.info(line)
+        return 0
     from titan import worker
 
     rank = current_rank()
@@ -186,7 +233,7 @@ def summarise(outcomes: list[Outcome]) -> Iterator[str]:
         rows.append(
             (
                 str(number),
-                directory.read_status().get("state", "failed"),
+                outcome.state,
                 f"{last['loss']:.4f}" if last else "-",
                 f"{last['tokens_per_second']:,.0f}" if last else "-",
                 " ".join(text for text in outcome.overrides if text not in common) or "-",
@@ -206,7 +253,7 @@ def _explain(error: Exception, overrides: list[str], arguments: Namespace) -> li
         arguments.config_dir,
         arguments.config_name or CONFIG_NAME,
         current_machine(),
-        arguments.multirun,
+        is_sweep(arguments),
     )
 
 
@@ -230,8 +277,11 @@ def _hydra_shows_tracebacks(value: str | None) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _exit_with(error: TitanError) -> None:
-    rank = current_rank()
+def _exit_with(error: TitanError) -> NoReturn:
+    try:
+        rank = current_rank()
+    except ConfigError:  # which is what `error` says
+        rank = None
     if rank is None or rank.rank == 0:  # all ranks of an outer launcher find the same mistake
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)

@@ -1,8 +1,8 @@
-"""Pools of ranks, the data they train on, and the one process that all layouts are compared with."""
+"""The data that layouts train on, and the one process that they are all compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,21 +11,6 @@ from titan.trainer.record import Record
 
 from .layouts import make_packed, record_layout
 from .pool import RankPool
-
-
-@pytest.fixture(scope="session")
-def pools() -> Iterator[Callable[[int], RankPool]]:
-    """A pool of ranks of each size, made when first asked for."""
-    made: dict[int, RankPool] = {}
-
-    def pool(world_size: int) -> RankPool:
-        if world_size not in made:
-            made[world_size] = RankPool(world_size)
-        return made[world_size]
-
-    yield pool
-    for each in made.values():
-        each.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from titan.config.degrees import (
     plan_stages,
     resolve_config,
     stages_of_ranks,
+    world_size,
 )
 from titan.config.files import find_files
 from titan.config.keys import flatten
@@ -25,6 +26,7 @@ from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ActivationCheckpointMode,
     CheckpointMode,
+    ClusterKind,
     ContextMethod,
     DataKind,
     Device,
@@ -82,6 +84,7 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "training.max_grad_norm": 0,
             "training.gc_interval": 1,
             "cluster.timeout_seconds": 1,
+            "cluster.simulated_steps": 0,
             "parallelism.pp_stages_per_rank": 1,
             "parallelism.pp_less_first": 0,
             "parallelism.pp_less_last": 0,
@@ -450,6 +453,23 @@ def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
+def check_simulated(config: TitanConfig) -> Iterator[Problem]:
+    """The rank to simulate is one of the cluster's."""
+    cluster = config.cluster
+    if cluster.kind is not ClusterKind.simulated:
+        for key in ("simulated_rank", "simulated_steps"):
+            if getattr(cluster, key):
+                yield Problem(
+                    f"cluster.{key} = {getattr(cluster, key)}, but cluster={cluster.kind.name} starts every rank",
+                    suggestion="cluster=simulated",
+                )
+    elif not 0 <= cluster.simulated_rank < world_size(cluster):
+        yield Problem(
+            f"cluster.simulated_rank = {cluster.simulated_rank} is none of the {world_size(cluster)} ranks",
+            suggestion=f"cluster.simulated_rank={world_size(cluster) - 1}   (the last)",
+        )
+
+
 def check_profiling(config: TitanConfig) -> Iterator[Problem]:
     """The trace ends before the run does."""
     last = config.profiling.start_step + config.profiling.steps - 1
@@ -504,6 +524,7 @@ RULES_OF_LAYOUT: tuple[Rule, ...] = (
     check_sequence_shares,
     check_ring_is_eager,
     check_pipeline,
+    check_simulated,
     check_global_batch,
 )
 """Rules that need resolved degrees, so they wait until those are known to be right."""

@@ -143,14 +143,17 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
     """Settle the device, the number of machines and the ranks of each."""
     problems = []
     device = cluster.device
+    # What is only built is built as for the GPUs of the cluster that is simulated.
+    is_absent = cluster.kind is ClusterKind.simulated and not cluster.simulated_steps
     if device is Device.auto:
-        device = Device.cuda if machine.gpus else Device.cpu
-    if device is Device.cuda and not machine.gpus:
+        device = Device.cuda if machine.gpus or is_absent else Device.cpu
+    if device is Device.cuda and not machine.gpus and not is_absent:
         problems.append(
             Problem("cluster.device = cuda, but this machine shows no GPU", suggestion="cluster.device=cpu")
         )
     nodes, per_node = cluster.nodes, cluster.devices_per_node
-    if machine.started_ranks is not None and machine.started_ranks_per_node is not None:
+    is_started = machine.started_ranks is not None and cluster.kind is not ClusterKind.simulated
+    if is_started and machine.started_ranks is not None and machine.started_ranks_per_node is not None:
         found_nodes, uneven = divmod(machine.started_ranks, machine.started_ranks_per_node)
         if uneven:
             problems.append(
@@ -189,7 +192,7 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
     if per_node < 1 or nodes < 1:
         key, value = ("devices_per_node", per_node) if per_node < 1 else ("nodes", nodes)
         problems.append(Problem(f"cluster.{key} = {value} is not positive", suggestion=f"cluster.{key}=1"))
-    elif device is Device.cuda and machine.gpus and per_node > machine.gpus:
+    elif cluster.kind is ClusterKind.local and device is Device.cuda and 0 < machine.gpus < per_node:
         problems.append(
             Problem(
                 f"cluster.devices_per_node = {per_node}, but this machine has {machine.gpus} GPUs",

@@ -145,15 +145,19 @@ def _unknown(override: Override, groups: Groups) -> Problem:
     value = value.partition("=")[2] or "..."
     if override.is_delete():
         return replace(unknown_key(key), suggestion=f"leave ~{key} out")
-    near = difflib.get_close_matches(key, groups, n=1, cutoff=0.6)
+    group, _, option = key.partition("/")
+    if option and group in groups:  # a path in conf/ instead of a choice
+        near, value = [group], option
+    else:
+        near = difflib.get_close_matches(key, groups, n=1, cutoff=0.7)
     if "." in key or not (near or "/" in key or override.package is not None):
         return unknown_key(key, value)
     listed = ", ".join(group for group in groups if group.partition("/")[0] != "hydra")
     if not near:
         return Problem(f"{key} is not a config group", f"Groups: {listed}", "--help   for all options")
     options = groups[near[0]]
-    option = difflib.get_close_matches(value, options, n=1, cutoff=0.5) or options[:1]
-    return Problem(f"{key} is not a config group", f"Groups: {listed}", f"{near[0]}={option[0]}")
+    meant = difflib.get_close_matches(value, options, n=1, cutoff=0.5) or options[:1]
+    return Problem(f"{key} is not a config group", f"Groups: {listed}", f"{near[0]}={meant[0]}")
 
 
 def _unknown_option(group: str, option: str, options: list[str]) -> Problem:

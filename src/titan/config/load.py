@@ -16,12 +16,14 @@ from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import version
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, SearchPathException
 from omegaconf import DictConfig, OmegaConf
@@ -113,7 +115,9 @@ def explain_composition(
 def option_groups(overrides: Sequence[str] = (), config_dir: str | None = None) -> Groups:
     """Return the options of every group: titan's, Hydra's, and the user's from `config_dir` and hydra.searchpath."""
     with _hydra(config_dir, _search_path_of(overrides)) as loader:
-        return {group: loader.get_group_options(group) for group in _groups_below(loader, "")}
+        # not through the loader itself, which copies everything it knows at every question
+        repository = ConfigRepository(loader.get_search_path())
+        return {group: repository.get_group_options(group) for group in _groups_below(repository, "")}
 
 
 def points_of_sweep(overrides: Sequence[str], config_dir: str | None = None) -> list[list[str]]:
@@ -225,11 +229,11 @@ def _search_path_of(overrides: Sequence[str]) -> list[str]:
     return []
 
 
-def _groups_below(loader: ConfigLoader, parent: str) -> Iterator[str]:
-    for name in loader.list_groups(parent):
+def _groups_below(repository: ConfigRepository, parent: str) -> Iterator[str]:
+    for name in repository.get_group_options(parent, ObjectType.GROUP):
         group = f"{parent}/{name}" if parent else name
         yield group
-        yield from _groups_below(loader, group)
+        yield from _groups_below(repository, group)
 
 
 def _leaves(container: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

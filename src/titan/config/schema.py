@@ -33,6 +33,7 @@ class ClusterKind(Enum):
     """What starts the ranks."""
 
     local = "local"
+    simulated = "simulated"
 
 
 class DataKind(Enum):
@@ -249,6 +250,10 @@ class ClusterConfig:
     """cpu, cuda, or auto: cuda where there is one."""
     timeout_seconds: int = 600
     """Longest wait for another rank in one collective, in seconds."""
+    simulated_rank: int = 0
+    """With cluster=simulated: the rank to build."""
+    simulated_steps: int = 0
+    """With cluster=simulated: steps to execute here, on invented data and without the others; 0 only builds."""
 
 
 @dataclass

@@ -68,6 +68,7 @@ def _reason_to_skip(module: nn.Linear, name: str, filter_fqns: list[str]) -> str
 def _torchao(recipe: Float8Recipe) -> tuple[Any, Any]:
     # torchao reports extensions that were built for another PyTorch, none of which training needs
     logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of a deprecation in torchao
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,6 +20,9 @@ from titan.parallel.pipeline import Pipeline, TiedEmbedding, build_pipeline, run
 from titan.parallel.tensor import vocab_parallel_cross_entropy
 from titan.trainer.loss import LossSum, cross_entropy_sum, loss_share
 from titan.trainer.step import ForwardBackward, build_forward_backward
+
+Fill = Callable[[Decoder, ModelFamily, int, torch.device], None]
+"""Gives a model's parameters their values: `init_weights`, or what a simulation does instead."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,25 @@ class BuiltModel:
         ]
 
 
-def build_model(config: TitanConfig, family: ModelFamily, mesh: Mesh, device: torch.device) -> BuiltModel:
-    """Return this rank's part of the model, initialised, and how to run it."""
+def build_model(
+    config: TitanConfig, family: ModelFamily, mesh: Mesh, device: torch.device, fill: Fill = init_weights
+) -> BuiltModel:
+    """Return this rank's part of the model and how to run it.
+
+    Args:
+        config: Resolved.
+        family: The model's.
+        mesh: Of all ranks.
+        device: This rank's.
+        fill: Gives the parameters, which are on meta, their values.
+    """
     with torch.device("meta"):
         whole = family.build(config.model, config.training.seq_len)
     loss_sum: LossSum = cross_entropy_sum
     if config.parallelism.tp > 1 and config.parallelism.loss_parallel:
         loss_sum = partial(vocab_parallel_cross_entropy, group=mesh.group("tp"))
     if config.parallelism.pp == 1:
-        applied = _finish(whole, family, config, mesh, device)
+        applied = _finish(whole, family, config, mesh, device, fill)
         return BuiltModel([whole], build_forward_backward(whole, loss_sum), applied)
 
     settings = config.parallelism
@@ -66,8 +79,8 @@ def build_model(config: TitanConfig, family: ModelFamily, mesh: Mesh, device: to
     )
     indices = ranks[mesh.coordinate("pp")]
     parts = [split_model(whole, plan[index]) for index in indices]
-    applied, *_ = [_finish(part, family, config, mesh, device) for part in parts]
-    microbatches = config.training.local_batch_size if settings.pp_microbatches == -1 else settings.pp_microbatches
+    applied, *_ = [_finish(part, family, config, mesh, device, fill) for part in parts]
+    microbatches = pipeline_microbatches(config)
     seam = PipelineForwardBackward(loss_sum)
     seam.pipeline = build_pipeline(
         parts,
@@ -78,7 +91,7 @@ def build_model(config: TitanConfig, family: ModelFamily, mesh: Mesh, device: to
         microbatches,
         mesh.group("pp"),
         device,
-        _stage_shapes(config, microbatches),
+        stage_shapes(config, microbatches),
         seam.loss,
     )
     if config.model.tie_embeddings:
@@ -105,30 +118,38 @@ class PipelineForwardBackward:
     def __init__(self, loss_sum: LossSum) -> None:
         self.loss_sum = loss_sum
         self.tied: TiedEmbedding | None = None
-        self._valid_tokens: Tensor | None = None
+        self.valid_tokens: Tensor | None = None
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return one pipeline microbatch's share of the global mean."""
-        assert self._valid_tokens is not None, "set by __call__"
-        return loss_share(logits, labels, self._valid_tokens, self.loss_sum)
+        assert self.valid_tokens is not None, "set by __call__"
+        return loss_share(logits, labels, self.valid_tokens, self.loss_sum)
 
     def __call__(self, batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """Run all micro-batches; returns the loss on the rank of the last stage, zero elsewhere."""
-        self._valid_tokens = valid_tokens
+        self.valid_tokens = valid_tokens
         losses = [run_pipeline(self.pipeline, batch.tokens, batch.labels, batch.starts) for batch in batches]
         if self.tied is not None:
             self.tied.add_gradients()
         return torch.stack(losses).sum()
 
 
-def _finish(part: Decoder, family: ModelFamily, config: TitanConfig, mesh: Mesh, device: torch.device) -> list[str]:
+def _finish(
+    part: Decoder, family: ModelFamily, config: TitanConfig, mesh: Mesh, device: torch.device, fill: Fill
+) -> list[str]:
     applied = apply_parallelism(part, family, config, mesh, device)
-    init_weights(part, family, config.training.seed, device)
+    fill(part, family, config.training.seed, device)
     part.train()
     return applied
 
 
-def _stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor, Tensor]:
+def pipeline_microbatches(config: TitanConfig) -> int:
+    """Return into how many pieces a pipeline cuts a micro-batch of the data."""
+    pieces = config.parallelism.pp_microbatches
+    return config.training.local_batch_size if pieces == -1 else pieces
+
+
+def stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, hidden states and logits of one pipeline microbatch, on meta."""
     settings, dtype = config.parallelism, DTYPES[config.training.param_dtype]
     rows = config.training.local_batch_size // microbatches
