@@ -25,6 +25,7 @@ from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily, load_family
 from titan.optim.build import build_optimizer
+from titan.parallel.apply import allocate
 from titan.parallel.mesh import build_mesh
 from titan.trainer.device import device_name
 from titan.trainer.model import (
@@ -153,18 +154,18 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _leave_on_meta(part: Decoder, family: ModelFamily, seed: int, device: torch.device) -> None:
+def _leave_on_meta(
+    part: Decoder, family: ModelFamily, seed: int, device: torch.device, shard_device: torch.device
+) -> None:
     part.tie_weights()
 
 
-def _fill(part: Decoder, family: ModelFamily, seed: int, device: torch.device) -> None:
-    part.to_empty(device=device)
-    part.tie_weights()
+def _fill(part: Decoder, family: ModelFamily, seed: int, device: torch.device, shard_device: torch.device) -> None:
+    allocate(part, device, shard_device)
     with torch.no_grad():
         for parameter in part.parameters():  # any values will do, and drawing the right ones takes longer
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             local.normal_(std=0.02)
-    part.init_buffers(device)
 
 
 def _execute(config: TitanConfig, model: BuiltModel, device: torch.device) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, TitanError
+from titan.errors import INTERRUPTED, ConfigError, PeerLost, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import Rank, current_rank, launcher_pid, threads_per_rank
 from titan.log import logger, start_logging, start_rank_log
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from titan.data.packing import PackedTokens
 
 _LEAVE_SECONDS = 10.0
+_LOST_PEER = re.compile(r"Connection (closed|reset) by (remote )?peer|ncclRemoteError|Broken pipe")
+"""How gloo, NCCL and the ranks' store speak of a rank that is gone; gloo has no exception of its own for it."""
 
 
 Job = Callable[[TitanConfig, Rank, "Store | None"], float | None]
@@ -130,7 +133,12 @@ def run_rank(
     except KeyboardInterrupt as error:
         return _report(directory, rank, error, INTERRUPTED, "interrupted")
     except Exception as error:
-        return _report(directory, rank, error, 1, traceback.format_exc().rstrip())
+        trace = traceback.format_exc().rstrip()
+        if not (words := _LOST_PEER.search(str(error))):
+            return _report(directory, rank, error, 1, trace)
+        logger.debug(trace)
+        lost = PeerLost(f"another rank ended while this one waited for it ({words.group()})")
+        return _report(directory, rank, lost, lost.exit_code, str(lost))
     if is_first:
         # no loss where another attempt had already done the last step
         loss = loss_before if loss is None else loss
@@ -180,6 +188,8 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     device = select_device(config.cluster.device, rank.local_rank, threads_per_rank(rank.local_world_size))
     packed = load_packed_tokens(config, is_writer=rank.local_rank == 0)
     backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
+    if device.type == "cuda" and config.parallelism.cpu_offload:
+        backend = "cpu:gloo,cuda:nccl"
     if store is None:
         store = meet(config.cluster.timeout_seconds) if rank.has_store else dist.HashStore()
     dist.init_process_group(

@@ -161,7 +161,12 @@ CASES = [
             (2, mesh(pp=2)),
             (2, (*mesh(dp_shard=2), "activation_checkpoint=selective")),
             (2, (*mesh(dp_shard=2), "activation_checkpoint=full")),
+            (2, (*mesh(tp=2), "activation_checkpoint=selective")),
+            (2, (*mesh(tp=2), "activation_checkpoint=full")),
+            (2, (*mesh(dp_shard=2), "activation_checkpoint=memory_budget")),
             (2, (*mesh(dp_shard=2), "data.mask_documents=true")),
+            (4, (*mesh(dp_shard=2, tp=2), "activation_checkpoint=full")),
+            (4, (*mesh(pp=2, tp=2), "activation_checkpoint=full")),
         )
     ],
     # other options
@@ -169,6 +174,7 @@ CASES = [
         Case("options", 2, (*mesh(dp_shard=2), *options(f"reshard_after_forward={choice}")))
         for choice in ("always", "never")
     ],
+    *[Case("options", 2, (*mesh(**{axis: 2}), *options("cpu_offload=true"))) for axis in ("dp_shard", "tp", "pp")],
     *[Case("options", 1, (*mesh(), f"training.local_batch_size={rows}")) for rows in (1, 4, 8)],
     Case("options", 4, (*mesh(dp_shard=2, cp=2), "training.local_batch_size=1")),
     # bfloat16, with a tolerance of its own

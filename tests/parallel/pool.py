@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -97,6 +98,8 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
                 answer = (True, function(*arguments))
             finally:
                 dist.destroy_process_group()
+                if "torch._dynamo" in sys.modules:  # or the layouts of many tests would count as one program's
+                    torch._dynamo.reset()
         except BaseException:
             answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(answer)

@@ -438,6 +438,45 @@ def check_activation_checkpoint(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
+def check_memory_budget(config: TitanConfig) -> Iterator[Problem]:
+    """A budget for activations is a share, and there is a compiler to keep to it."""
+    settings = config.activation_checkpoint
+    if settings.mode is not ActivationCheckpointMode.memory_budget:
+        return
+    if not 0 <= settings.memory_budget <= 1:
+        yield Problem(
+            f"activation_checkpoint.memory_budget = {settings.memory_budget} is not a share",
+            "It lies from 0 (keep what full keeps) to 1 (keep everything).",
+            "activation_checkpoint.memory_budget=0.5",
+        )
+    if not config.compile.enable:
+        yield Problem(
+            "activation_checkpoint = memory_budget, but compile.enable = false",
+            "It is the compiler that chooses what to keep.",
+            "compile=inductor   or  activation_checkpoint=selective",
+        )
+
+
+def check_async_tensor_parallel(config: TitanConfig) -> Iterator[Problem]:
+    """Overlapping exchanges with products takes the compiler, and memory that GPUs can reach of each other."""
+    settings = config.parallelism
+    if not settings.async_tp:
+        return
+    for is_met, what, suggestion in (
+        (settings.tp > 1, f"parallelism.tp = {settings.tp} exchanges nothing", "parallelism.tp=2"),
+        (settings.sequence_parallel, "it overlaps what sequence parallelism exchanges", "sequence_parallel=true"),
+        (config.compile.enable, "compile.enable = false, and it is the compiler that overlaps", "compile=inductor"),
+        (
+            config.cluster.device is Device.cuda,
+            f"cluster.device = {config.cluster.device.name}, and its kernels are for CUDA",
+            "parallelism.async_tp=false",
+        ),
+    ):
+        if not is_met:
+            key = "parallelism." if suggestion.startswith("sequence") else ""
+            yield Problem(f"parallelism.async_tp = true, but {what}", suggestion=f"{key}{suggestion}")
+
+
 def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
     """What is to be loaded is there."""
     settings = config.checkpoint
@@ -514,6 +553,8 @@ RULES: tuple[Rule, ...] = (
     check_float8,
     check_compiler,
     check_activation_checkpoint,
+    check_memory_budget,
+    check_async_tensor_parallel,
     check_checkpoint,
     check_profiling,
 )

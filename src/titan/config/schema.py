@@ -103,6 +103,7 @@ class ActivationCheckpointMode(Enum):
     full = "full"
     selective = "selective"
     every_nth = "every_nth"
+    memory_budget = "memory_budget"
 
 
 class Float8Recipe(Enum):
@@ -212,10 +213,14 @@ class ParallelismConfig:
     """Ranks that share one weight matrix."""
     reshard_after_forward: ReshardAfterForward = ReshardAfterForward.default
     """Whether FSDP frees gathered weights after the forward pass; default is always, but never with a pipeline."""
+    cpu_offload: bool = False
+    """Keep this rank's shards, their gradients and the optimizer in the CPU's memory; the step is taken there too."""
     sequence_parallel: bool = True
     """With tp: cut what lies between the matrices along the sequence too; saves memory at the same traffic."""
     loss_parallel: bool = True
     """With tp: compute the loss without gathering the logits."""
+    async_tp: bool = False
+    """With tp, compiled on CUDA: cut each exchange and the matrix product beside it into pieces that overlap."""
     cp_method: ContextMethod = ContextMethod.allgather
     """With cp: fetch all keys and values, pass them around a ring, or exchange sequence for heads."""
     cp_head_tail: bool = True
@@ -347,9 +352,12 @@ class ActivationCheckpointConfig:
     """Recompute activations in the backward pass instead of keeping them."""
 
     mode: ActivationCheckpointMode = ActivationCheckpointMode.none
-    """none, full (every block), selective (by operator: the expensive results are kept), or every_nth block."""
+    """none, full (every block), selective (by operator: the expensive results are kept), every_nth block, or
+    memory_budget (the compiler chooses what to keep)."""
     every: int = 2
     """With every_nth: checkpoint each block whose index is a multiple of this."""
+    memory_budget: float = 0.5
+    """With memory_budget: what may be kept, as a share of what would be kept without recomputing; 0 is as full."""
 
 
 @dataclass

@@ -19,7 +19,10 @@ from titan.models.decoder import Decoder
 _MATRIX_PRODUCTS = {"aten.mm", "aten.linear", "aten.addmm", "mkldnn._linear_pointwise", "aten._scaled_mm"}
 _ALWAYS_KEPT = (
     "aten._scaled_dot_product",  # every attention kernel
-    "_c10d_functional.",  # what other ranks had to send
+    # What other ranks had to send, but for gathering: its result is larger than its input by the number of ranks.
+    "_c10d_functional.reduce_scatter",
+    "_c10d_functional.all_reduce",
+    "_c10d_functional.all_to_all",
 )
 
 

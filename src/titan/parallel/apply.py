@@ -51,13 +51,22 @@ def apply_parallelism(
         )
     # Activation checkpointing before compile, so that the compiler sees what is recomputed.
     recompute = config.activation_checkpoint
-    if recompute.mode is not ActivationCheckpointMode.none:
+    if recompute.mode is ActivationCheckpointMode.memory_budget:
+        done.append(f"activation checkpointing within {recompute.memory_budget:.0%} of the memory, by the compiler")
+    elif recompute.mode is not ActivationCheckpointMode.none:
         wrapped = apply_activation_checkpoint(model, recompute.mode, recompute.every)
         done.append(f"activation checkpointing {recompute.mode.name}: {wrapped} of {len(model.layers)} blocks")
     # Compile before FSDP, so that its hooks stay outside the graphs.
     if config.compile.enable:
-        apply_compile(model, config.compile.backend)
-        done.append(f"compile with {config.compile.backend}")
+        has_budget = recompute.mode is ActivationCheckpointMode.memory_budget
+        is_async = settings.async_tp and device.type == "cuda"
+        apply_compile(
+            model,
+            config.compile.backend,
+            recompute.memory_budget if has_budget else 1.0,
+            mesh.group("tp") if is_async else None,
+        )
+        done.append(f"compile with {config.compile.backend}{', asynchronous tensor parallel' * is_async}")
     # FSDP last: it shards what all others have left.
     apply_fsdp(
         model,
@@ -66,20 +75,37 @@ def apply_parallelism(
         DTYPES[config.training.reduce_dtype],
         settings.reshard_after_forward,
         has_pipeline=settings.pp > 1,
+        cpu_offload=settings.cpu_offload,
     )
+    if settings.cpu_offload:
+        done.append("weights, gradients and optimizer in the CPU's memory")
     return done
 
 
-def init_weights(model: Decoder, family: ModelFamily, seed: int, device: torch.device) -> None:
-    """Allocate this rank's shards on the device and draw them.
+def init_weights(
+    model: Decoder, family: ModelFamily, seed: int, device: torch.device, shard_device: torch.device
+) -> None:
+    """Allocate this rank's shards and draw them.
 
     Every value is the one that a single process would draw; see `titan.models.init`.
+
+    Args:
+        model: On meta, with everything applied.
+        family: The model's.
+        seed: The run's.
+        device: Where the model computes.
+        shard_device: Where its shards live: there too, or on the CPU with `cpu_offload`.
     """
-    model.to_empty(device=device)
-    model.tie_weights()
+    allocate(model, device, shard_device)
     with torch.no_grad():
         for name, parameter in plain_parameters(model):
             _init_parameter(name, parameter, seed, family.draw(name, model.config))
+
+
+def allocate(model: Decoder, device: torch.device, shard_device: torch.device) -> None:
+    """Give a model on meta its memory: its shards on `shard_device`, its buffers on the device that computes."""
+    model.to_empty(device=shard_device)
+    model.tie_weights()
     model.init_buffers(device)
 
 

@@ -50,17 +50,23 @@ def gather_same_use(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Concatenate along `dim`, without a backward pass."""
-    return funcol.wait_tensor(_all_gather(x.contiguous(), dim, group))
+    return _wait(_all_gather(x.contiguous(), dim, group))
 
 
 def reduce_scatter(x: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """Sum and keep a part along `dim`, without a backward pass."""
-    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
+    return _wait(_reduce_scatter(x.contiguous(), "sum", dim, group))
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, operation: str = "sum") -> Tensor:
     """Reduce over ranks, without a backward pass."""
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
+    return _wait(funcol.all_reduce(x.contiguous(), operation, group))
+
+
+def _wait(x: Tensor) -> Tensor:
+    # While compiling it has been waited for already; a second wait in the graph would keep the compiler from
+    # overlapping the exchange with the matrix product next to it.
+    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
 
 
 class _Gather(torch.autograd.Function):

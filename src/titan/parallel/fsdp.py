@@ -9,9 +9,17 @@ Source:
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from titan.config.schema import ReshardAfterForward
 from titan.models.decoder import Decoder
@@ -24,6 +32,7 @@ def apply_fsdp(
     reduce_dtype: torch.dtype,
     reshard_after_forward: ReshardAfterForward = ReshardAfterForward.default,
     has_pipeline: bool = False,
+    cpu_offload: bool = False,
 ) -> None:
     """Shard every block, the two ends, and the model around them, in place.
 
@@ -35,6 +44,7 @@ def apply_fsdp(
         reshard_after_forward: Whether gathered weights are freed until the backward pass.
         has_pipeline: Whether forward runs once a microbatch; then "default" keeps weights gathered, because gathering
             them again for each microbatch would cost more than it saves.
+        cpu_offload: Whether shards, gradients and with them the optimizer live in the CPU's memory.
     """
     # Inputs are not cast: the rotary angles have to stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
@@ -43,19 +53,22 @@ def apply_fsdp(
         ReshardAfterForward.always: True,
         ReshardAfterForward.never: False,
     }[reshard_after_forward]
+    # Pinned memory is what a GPU fetches from by itself.
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for block in model.layers.values():
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+        shard(block, reshard_after_forward=reshard)
     ends = [module for module in (model.norm, model.output) if module is not None]
     if model.config.tie_embeddings and model.tok_embeddings is not None:
         # A shared parameter can belong to one group only.
         ends = [model.tok_embeddings, *ends]
     elif model.tok_embeddings is not None:
-        fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
+        shard(model.tok_embeddings, reshard_after_forward=reshard)
     if ends:
         # Last in forward and first in backward: freeing them in between would only mean to gather them again.
         keep = reshard_after_forward is not ReshardAfterForward.always
-        fully_shard(ends, mesh=mesh, mp_policy=precision, reshard_after_forward=not keep)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        shard(ends, reshard_after_forward=not keep)
+    shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -18,6 +18,7 @@ Source:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -81,6 +82,21 @@ def apply_tensor_parallel(
     model.tie_weights()
 
 
+def unwrap_weights_before(block: nn.Module) -> None:
+    """Before each forward of a block, take the local parts out of its DTensors, outside of what is compiled.
+
+    torch.compile can trace a DTensor, but not save what belongs to one for a backward pass that recomputes (2.13).
+    """
+    cut = [module for module in block.modules() if isinstance(module, _LocalModule)]
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        for each in cut:
+            each.locals = {key: each.unwrap(key) for key, value in each._parameters.items() if value is not None}
+
+    if cut:
+        block.register_forward_pre_hook(hook)
+
+
 def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of cross-entropies of logits that are cut by words, the same on every rank.
 
@@ -142,11 +158,9 @@ def _cut(
             local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride()
         )
         module._parameters[key] = nn.Parameter(distributed)
-    own = type(module)
-    mixin = next((mixin for kind, mixin in _LOCAL.items() if own is kind), _LocalModule)
-    module.__class__ = type(f"TensorParallel{own.__name__}", (mixin, own), {})
+    module.__class__ = _local_class(type(module))
     cut = cast(_LocalModule, module)
-    cut.group, cut.gradient = mesh.get_group(), gradient if gradient is not None else placement
+    cut.group, cut.gradient, cut.locals = mesh.get_group(), gradient if gradient is not None else placement, {}
 
 
 class _LocalModule(nn.Module):
@@ -154,8 +168,14 @@ class _LocalModule(nn.Module):
 
     group: dist.ProcessGroup
     gradient: Placement
+    locals: dict[str, Tensor]
 
     def local(self, key: str = "weight") -> Tensor:
+        """Return the local part of a parameter; inside a block, as `unwrap_weights` has left it."""
+        found = self.locals.get(key)
+        return found if found is not None else self.unwrap(key)
+
+    def unwrap(self, key: str) -> Tensor:
         parameter = self._parameters[key]
         assert isinstance(parameter, DTensor), "cut over the ranks"
         return parameter.to_local(grad_placements=[self.gradient])
@@ -196,6 +216,11 @@ _LOCAL: dict[type, type[_LocalModule]] = {
     nn.RMSNorm: _LocalNorm,
     nn.Embedding: _LocalEmbedding,
 }
+
+
+@functools.cache  # one class for all blocks, or each would be compiled anew
+def _local_class(own: type[nn.Module]) -> type[nn.Module]:
+    return type(f"TensorParallel{own.__name__}", (_LOCAL.get(own, _LocalModule), own), {})
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -21,7 +21,7 @@ from titan.parallel.tensor import vocab_parallel_cross_entropy
 from titan.trainer.loss import LossSum, cross_entropy_sum, loss_share
 from titan.trainer.step import ForwardBackward, build_forward_backward
 
-Fill = Callable[[Decoder, ModelFamily, int, torch.device], None]
+Fill = Callable[[Decoder, ModelFamily, int, torch.device, torch.device], None]
 """Gives a model's parameters their values: `init_weights`, or what a simulation does instead."""
 
 
@@ -138,7 +138,8 @@ def _finish(
     part: Decoder, family: ModelFamily, config: TitanConfig, mesh: Mesh, device: torch.device, fill: Fill
 ) -> list[str]:
     applied = apply_parallelism(part, family, config, mesh, device)
-    fill(part, family, config.training.seed, device)
+    shard_device = torch.device("cpu") if config.parallelism.cpu_offload else device
+    fill(part, family, config.training.seed, device, shard_device)
     part.train()
     return applied
 

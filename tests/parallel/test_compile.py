@@ -1,0 +1,44 @@
+"""Compiling block by block: one graph serves all blocks, on every mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .layouts import record_layout
+from .matrix import mesh
+from .pool import RankPool
+
+
+def count_graphs(world_size: int, overrides: tuple[str, ...], packed: Path) -> int:
+    """Return how many graphs a rank compiled while training some steps."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    record_layout(world_size, overrides, packed)
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        mesh(dp_shard=2),
+        mesh(tp=2),
+        mesh(cp=2),
+        (*mesh(tp=2), "activation_checkpoint=full"),
+        (*mesh(tp=2), "activation_checkpoint=selective"),
+        (*mesh(dp_shard=2), "data.mask_documents=true"),
+        (*mesh(pp=2), "training.local_batch_size=4"),
+    ],
+    ids=" ".join,
+)
+def test_all_blocks_share_one_graph(
+    pools: Callable[[int], RankPool], packed_file: Path, layout: tuple[str, ...]
+) -> None:
+    """Four blocks and three steps are compiled once; nothing is compiled anew after the first step."""
+    overrides = (*layout, "compile=inductor", "compile.backend=aot_eager")
+    assert pools(2).run(count_graphs, 2, overrides, packed_file) == [1, 1]
