@@ -105,7 +105,7 @@ def parity(
     Args:
         overrides: The layout, as for `titan.train`.
         config_dir: A folder of one's own config groups.
-        steps: Steps to train.
+        steps: Steps to train, at most those of the config.
         shrink: Whether to shrink the model and the rows to what the layout needs.
         as_json: Print one JSON object and nothing else.
         keep: A folder for the two runs; None takes a temporary one.
@@ -122,6 +122,7 @@ def parity(
     try:
         layout = build_layout(compose(overrides, config_dir), folder / "layout", shrink)
         reference = build_reference(layout, folder / "one_process")
+        steps = min(steps, layout.training.steps)
         say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
         for line in _describe(layout, shrink, steps):
             say(line)
@@ -364,7 +365,9 @@ def _parse_arguments() -> argparse.Namespace:
         description="Hold the composed layout against one process, on the CPU. Exit code 0: the same, 1: different.",
     )
     command.add_argument("overrides", nargs="*", metavar="group=option|key=value", help="as for titan.train")
-    command.add_argument("--steps", type=_positive, default=3, help="steps to train (default: 3)")
+    command.add_argument(
+        "--steps", type=_positive, default=3, help="steps to train, at most training.steps (default: 3)"
+    )
     command.add_argument("--shrink", action="store_true", help="shrink model and rows to what the layout needs")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--keep", metavar="DIR", help="keep both runs, their logs and records in this folder")
