@@ -8,7 +8,9 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
     ├── DataError        65   bad data, met while running
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
-    └── StorageError     73   storage failed repeatedly
+    ├── StorageError     73   storage failed repeatedly
+    ├── PeerLost          1   another rank ended first; that one says why
+    └── RanksFailed           a rank ended with an error; its exit code
 """
 
 from __future__ import annotations
@@ -81,9 +83,14 @@ class StorageError(TitanError):
     exit_code = 73
 
 
+class PeerLost(TitanError):
+    """Another rank ended while this one waited for it: a consequence, and never the first failure of a run."""
+
+
 class RanksFailed(TitanError):
     """A rank that this process started ended with an error; takes over that rank's exit code."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, rank: int, exit_code: int) -> None:
         super().__init__(message)
+        self.rank = rank
         self.exit_code = exit_code

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger("titan")
 
@@ -32,6 +33,20 @@ class _Console(logging.StreamHandler):
         bar.tqdm.write(self.format(record), file=self.stream)
         return None
 
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Let a run go on whose console nobody reads any more (`| head`, a closed terminal): its files have it all."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            return super().handleError(record)
+        silence(self.stream)
+        return None
+
+
+def silence(stream: TextIO) -> None:
+    """Let what is still written to a stream go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
 
 def start_logging(level: int = logging.INFO) -> None:
     """Send titan's own lines to the console, plainly; warnings of libraries go to stderr as ever."""
@@ -39,6 +54,7 @@ def start_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
     if not any(isinstance(handler, _Console) for handler in logger.handlers):
         console = _Console()
+        console.setLevel(level)
         console.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(console)
 
@@ -68,7 +84,7 @@ def start_rank_log(path: Path, rank: int, on_console: bool) -> None:
     formatter.default_time_format = "%Y-%m-%dT%H:%M:%S"
     formatter.datefmt = "%Y-%m-%dT%H:%M:%S"
     file.setFormatter(formatter)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)  # what the console need not show is in the file
     logger.propagate = False
     for handler in [h for h in logger.handlers if h.name == "rank"]:
         logger.removeHandler(handler)

@@ -232,12 +232,10 @@ def _gathered_bytes(part: Decoder) -> int:
     def size(parameters: Iterator[torch.nn.Parameter]) -> int:
         total = 0
         for parameter in parameters:
-            numbers = parameter.numel()
-            if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 2:  # tensor parallelism cuts first
-                mesh = parameter.device_mesh
-                is_cut = hasattr(parameter.placements[-1], "dim")
-                numbers //= mesh.size(mesh.ndim - 1) if is_cut else 1
-            total += numbers
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            names = (mesh.mesh_dim_names if mesh is not None else None) or ()
+            is_cut = "tp" in names and hasattr(parameter.placements[names.index("tp")], "dim")  # type: ignore[attr-defined]
+            total += parameter.numel() // (mesh["tp"].size() if mesh is not None and is_cut else 1)
         return total
 
     groups = [size(block.parameters()) for block in part.layers.values()]

@@ -39,11 +39,11 @@ from titan.config.load import (
     to_typed,
 )
 from titan.config.schema import ClusterKind, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, Problem, TitanError
+from titan.errors import INTERRUPTED, ConfigError, Problem, RanksFailed, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import current_machine, current_rank
 from titan.launch.local import launch_local
-from titan.log import logger, start_logging
+from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory
 
 _TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM)
@@ -69,7 +69,7 @@ def main() -> None:
     """Run the command line and exit with the code that `titan.errors` documents."""
     start_logging()
     register_schema()
-    arguments = get_args_parser().parse_args()
+    arguments = parse_arguments()
     try:
         outcomes = run_command(arguments)
     except TitanError as error:
@@ -77,6 +77,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `--help | head`
+        silence(sys.stdout)
+        sys.exit(128 + signal.SIGPIPE)
     if len(outcomes) > 1:
         for line in summarise(outcomes):
             logger.info(line)
@@ -86,6 +89,14 @@ def main() -> None:
     if code and "torch" in sys.modules:
         os._exit(code)  # threads of a rank that failed in this process may hang in a collective
     sys.exit(code)
+
+
+def parse_arguments() -> Namespace:
+    """Return the command line; flags may stand anywhere, which Hydra alone allows at its ends only."""
+    arguments = get_args_parser().parse_intermixed_args()
+    flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
+    sys.argv[1:] = arguments.overrides + flags  # in this order: --info would take an override for its value
+    return arguments
 
 
 def run_command(arguments: Namespace) -> list[Outcome]:
@@ -119,7 +130,7 @@ def run_command(arguments: Namespace) -> list[Outcome]:
     except SystemExit as stop:
         # what Hydra refuses by itself is a mistake in the command
         sys.exit(ConfigError.exit_code if stop.code == 1 and not is_composed else stop.code)
-    except TitanError:
+    except (TitanError, BrokenPipeError):
         raise
     except Exception as error:
         if is_composed:
@@ -217,8 +228,10 @@ def dispatch(config: TitanConfig, directory: RunDirectory, overrides: list[str])
         launch_local(directory, ranks)
     except TitanError as error:
         print(f"\n{error}", file=sys.stderr)
-        if directory.read_status().get("state") == "running":
-            directory.write_status("failed", why=str(error), exit_code=error.exit_code)
+        said = directory.read_status()
+        first = error.rank if isinstance(error, RanksFailed) else None
+        if said.get("state") == "running" or (first is not None and said.get("rank") != first):
+            directory.write_status("failed", why=str(error), rank=first, exit_code=error.exit_code)
         return error.exit_code
     return 0
 

@@ -82,7 +82,7 @@ def check_override(text: str, groups: Groups) -> Iterator[Problem]:
         what = f"{text} cannot be read as an override"
         if equals:
             quoted = f"'{key}=\"{value}\"'   where the value has spaces or any of , : = [ ] {{ }} ( )"
-            yield Problem(what, gist(error), quoted)
+            yield Problem(what, gist(error).partition(" expecting ")[0], quoted)
         else:
             yield Problem(what, "It has no value.", f"{text}=...")
         return

@@ -22,10 +22,12 @@ def find_files(path: str, kind: str) -> list[Path]:
     if glob.has_magic(path) and not os.path.exists(path):
         found = [Path(name) for name in glob.glob(path, recursive=True)]
     elif os.path.isdir(path):
-        found = [file for file in Path(path).rglob("*") if _has_suffix(file, SUFFIXES[kind])]
+        # not rglob, which gives up at the first folder that cannot be read
+        found = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+        found = [file for file in found if _has_suffix(file, SUFFIXES[kind])]
     else:
         found = [Path(path)]
-    return sorted(file for file in found if file.is_file())
+    return sorted(file for file in found if os.path.isfile(file))  # False also where a file cannot be looked at
 
 
 def find_standard_library() -> list[Path]:

@@ -11,12 +11,17 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from titan.errors import RanksFailed, TitanError
+from titan.errors import PeerLost, RanksFailed, TitanError
 from titan.launch.environment import threads_per_rank
 from titan.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 class Interrupted(TitanError):
@@ -39,11 +44,12 @@ def launch_local(directory: RunDirectory, ranks: int, command: Sequence[str] = (
         RanksFailed: If a rank failed; names the first that did, and carries its exit code.
         Interrupted: If this process was told to stop.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    notes = tempfile.TemporaryDirectory(prefix="titan_", ignore_cleanup_errors=True)  # the agent would leave its own
     agent = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -53,6 +59,7 @@ def launch_local(directory: RunDirectory, ranks: int, command: Sequence[str] = (
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=notes.name),
     )
     before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
@@ -66,17 +73,38 @@ def launch_local(directory: RunDirectory, ranks: int, command: Sequence[str] = (
     finally:
         os.environ.clear()
         os.environ.update(before)
+        notes.cleanup()
 
 
-def _explain(error, directory: RunDirectory) -> RanksFailed:
-    rank, failure = error.get_first_failure()
-    log = directory.log(rank, 0)
-    details = failure.error_file_data.get("message") if isinstance(failure.error_file_data, dict) else None
-    message = details.get("message") if isinstance(details, dict) else details
-    if not message or message == "<NONE>":
-        message = f"ended by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "no exception"
+def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
+    rank, failure = min(error.failures.items(), key=lambda item: _precedence(item[1]))
+    message = _exception_of(failure)
+    if not message:
+        number = failure.exitcode
+        message = f"ended by {signal.Signals(-number).name}" if number < 0 else f"exit code {number}, no exception"
     code = failure.exitcode if failure.exitcode > 0 else 1
-    return RanksFailed(f"rank {rank} failed first: {message}\n  log: {_relative(log)}", code)
+    return RanksFailed(f"rank {rank} failed first: {message}\n  log: {_relative(directory.log(rank, 0))}", rank, code)
+
+
+def _precedence(failure: ProcessFailure) -> tuple[int, float]:
+    """Order failures by cause and time.
+
+    One rank's end makes others fail within milliseconds. The agent itself goes by whole seconds, and knows of a rank
+    that was killed only when it looks.
+    """
+    message = _exception_of(failure)
+    if message:
+        kind = 2 if message.startswith(PeerLost.__name__) else 0
+        return kind, os.stat(failure.error_file).st_mtime
+    return 3 if failure.exitcode == -signal.SIGTERM else 1, failure.timestamp  # SIGTERM is how the agent ends the rest
+
+
+def _exception_of(failure: ProcessFailure) -> str:
+    """Return the exception that a rank has left for the agent, or nothing."""
+    if not os.path.isfile(failure.error_file) or not isinstance(failure.error_file_data, dict):
+        return ""
+    message = failure.error_file_data.get("message", "")
+    return str(message.get("message", "")) if isinstance(message, dict) else str(message)
 
 
 def _relative(path: Path) -> str:

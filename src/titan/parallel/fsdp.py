@@ -38,7 +38,7 @@ def apply_fsdp(
 
     Args:
         model: On meta or on a device.
-        mesh: (dp_replicate, fsdp).
+        mesh: (fsdp,), or (dp_replicate, fsdp).
         param_dtype: What weights are gathered in and activations computed in.
         reduce_dtype: What gradients are summed in.
         reshard_after_forward: Whether gathered weights are freed until the backward pass.

@@ -44,8 +44,11 @@ class Mesh:
 
     @property
     def fsdp(self) -> DeviceMesh:
-        """The mesh that `fully_shard` takes: replicated over its first dim, sharded over its second."""
-        return self.storage["dp_replicate", "fsdp"]
+        """The mesh that `fully_shard` takes: sharded over its last dim, replicated over one before it, if there is one.
+
+        With one replica there is none, or every gradient would be summed over one rank.
+        """
+        return self.storage["fsdp"] if self.degree("dp_replicate") == 1 else self.storage["dp_replicate", "fsdp"]
 
     @property
     def data_rank(self) -> int:
