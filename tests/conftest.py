@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -63,7 +64,8 @@ def titan(
 ) -> Iterator[Command]:
     """Titan's entry point, called in this process: for what ends before a rank starts."""
     environment = clean_environment(cache)
-    before = logger.handlers[:], logger.propagate, logger.level
+    loggers = logger, logging.getLogger()  # Hydra gives the second one handlers, for some of its flags
+    before = [(one.handlers[:], one.propagate, one.level) for one in loggers]
 
     def run(*arguments: str, **variables: str) -> Finished:
         GlobalHydra.instance().clear()
@@ -79,8 +81,9 @@ def titan(
         return Finished(exit.value.code or 0, out, err)  # type: ignore[arg-type]
 
     yield run
-    logger.handlers[:], logger.propagate = before[:2]
-    logger.setLevel(before[2])
+    for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.fixture

@@ -276,6 +276,12 @@ MISTAKES = {
         "--multirun training.steps=2,-1,3",
         "training.steps = -1 is below 1   (at 1 of 3 points: training.steps=-1)",
     ),
+    "no point": ("--multirun model=glob(nope*)", "the sweep has no point", "glob()"),
+    "a sweep asked for by Hydra's own key": (
+        "hydra.mode=MULTIRUN training.seed=1,x",
+        "1 problem",
+        "training.seed = x is",
+    ),
     "a rule broken at every point": ("--multirun training.seed=range(1,3) training.steps=-1", "1 problem", "below 1\n"),
 }
 """By what is wrong: what is typed, and the words that the answer has to have."""

@@ -86,7 +86,8 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     code = next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
-    if code and "torch" in sys.modules:
+    ranks = sys.modules.get("torch.distributed")
+    if code and ranks is not None and ranks.is_initialized():
         os._exit(code)  # threads of a rank that failed in this process may hang in a collective
     sys.exit(code)
 

@@ -159,11 +159,11 @@ def test_the_fingerprint_changes_with_any_token(by_bytes: Tokenizer, by_ranks: T
     ("content", "words"),
     [
         (None, "is not a file"),
-        (b"", "the file is empty"),
-        (b"dGhl 0\nnot base64! 1\n", "line 2"),
-        (b"dGhl\n", "line 1"),
-        (b"dGhl zero\n", "line 1"),
-        (b"\x0a\x0e\x0a\x05<unk>\x15\x00", "line"),  # a SentencePiece model, as Llama 2's
+        (b"", "It is empty"),
+        (b"dGhl 0\nnot base64! 1\n", "Line 2 is not a token"),
+        (b"dGhl\n", "Line 1 is not a token"),
+        (b"dGhl zero\n", "Line 1 is not a token"),
+        (b"\x0a\x0e\x0a\x05<unk>\x15\x00", "is not a token in base64"),  # a SentencePiece model, as Llama 2's
     ],
 )
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: bytes | None, words: str) -> None:

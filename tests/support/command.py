@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+FAULT = Path(__file__).resolve().parent / "fault"
+"""On PYTHONPATH, it plants what PLANTED_FAULT says: fault:rank:step."""
 
 TINY_MODEL = (
     "model.dim=32",
@@ -33,6 +37,8 @@ class Finished:
     code: int
     out: str
     err: str
+    mark: str = ""
+    """For `processes_with`: finds what is left of it."""
 
     @property
     def text(self) -> str:
@@ -63,29 +69,39 @@ def clean_environment(cache: Path, **more: str) -> dict[str, str]:
     }
 
 
-def start(arguments: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+class Started(subprocess.Popen[str]):
+    """A running command, and the mark that it and all that it starts have in their environment."""
+
+    mark: str = ""
+
+
+def start(arguments: list[str], folder: Path, environment: dict[str, str]) -> Started:
     """Start `python ARGUMENTS` in a process group of its own."""
-    return subprocess.Popen(
+    mark = f"STARTED_AS={uuid.uuid4()}"
+    name, _, value = mark.partition("=")
+    process = Started(
         [sys.executable, *arguments],
         cwd=folder,
-        env=environment,
+        env=environment | {name: value},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+    process.mark = mark
+    return process
 
 
-def finish(process: subprocess.Popen[str], timeout_seconds: float = 120) -> Finished:
-    """Wait for a process to end; one that does not is a failure, and is killed with its whole group."""
+def finish(process: Started, timeout_seconds: float = 120) -> Finished:
+    """Wait for a process to end; one that does not is a failure, and is killed with all that it has started."""
     try:
         out, err = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        kill_all(process)
         out, err = process.communicate()
         raise AssertionError(f"still running after {timeout_seconds} s\n{out}\n{err}") from None
-    return Finished(process.returncode, out, err)
+    return Finished(process.returncode, out, err, process.mark)
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float = 60) -> None:
@@ -96,17 +112,25 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float 
         time.sleep(0.05)
 
 
-def processes_with(token: str) -> dict[int, str]:
-    """Return the live processes whose command line contains a token, by their ids."""
+def kill_all(process: Started) -> None:
+    """Leave nothing of a command."""
+    for pid in processes_with(process.mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+def processes_with(marker: str) -> dict[int, str]:
+    """Return the live processes that have a marker in their environment, by their ids, with their command lines.
+
+    What a process starts inherits its environment, so a marker finds all that came from one command.
+    """
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
-                words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if marker.encode() in (entry / "environ").read_bytes():  # a zombie's is empty
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except OSError:
                 continue
-            if token in words:  # a zombie's is empty
-                found[int(entry.name)] = words
     return found
 
 

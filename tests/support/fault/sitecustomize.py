@@ -42,8 +42,22 @@ def _wrap(train_step):
                 os.kill(os.getpid(), 9)
             if fault == "sleep":
                 time.sleep(600)
+            if fault == "scale":  # gradients a little too large
+
+                def scaled(*given):
+                    loss = forward_backward(*given)
+                    for parameter in rest[0]:
+                        parameter.grad.mul_(1.01)
+                    return loss
+
+                return train_step(batches, scaled, *rest)
             if fault == "nan":
-                return train_step(batches, lambda *given: forward_backward(*given) * float("nan"), *rest)
+                before = [parameter.detach().clone() for parameter in rest[0]]
+                try:
+                    return train_step(batches, lambda *given: forward_backward(*given) * float("nan"), *rest)
+                finally:
+                    moved = sum(not (old == new).all() for old, new in zip(before, rest[0], strict=True))
+                    print(f"planted nan: {moved} weights moved", flush=True)
         return train_step(batches, forward_backward, *rest)
 
     return faulty

@@ -1,0 +1,100 @@
+"""What is in conf/: every option composes to the schema's types, and every recipe keeps every rule."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from titan.config.check import check_config
+from titan.config.degrees import AXES, Machine, world_size
+from titan.config.keys import schema_keys
+from titan.config.load import compose, conf_dir, config_text, option_groups, parse_config
+
+OPTIONS = [
+    (group, option)
+    for group, options in option_groups().items()
+    if group.partition("/")[0] != "hydra"
+    for option in options
+]
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+LEFT_OPEN = {("data", "text"): ["data.path=/text"], ("data", "jsonl"): ["data.path=/lines"]}
+"""What an option cannot know and asks for."""
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(pair) for pair in OPTIONS])
+def test_every_option_composes(group: str, option: str) -> None:
+    """No file of conf/ can rot: each makes a config of the schema's types that survives being frozen and read."""
+    config = compose([f"{group}={option}", *LEFT_OPEN.get((group, option), [])])
+    assert parse_config(config_text(config), "here") == config
+
+
+def test_every_file_can_be_chosen() -> None:
+    """Each file of conf/ but the list of groups is an option that the tests above have composed."""
+    files = {path.relative_to(conf_dir()).with_suffix("").as_posix() for path in conf_dir().rglob("*.yaml")}
+    assert files - {"train"} == {f"{group}/{option}" for group, option in OPTIONS}
+
+
+def test_the_list_of_groups_names_every_group() -> None:
+    """conf/train.yaml is the table of contents: every group is in its defaults, with an option that is there."""
+    defaults = yaml.safe_load((conf_dir() / "train.yaml").read_text())["defaults"]
+    listed = {key: value for item in defaults if isinstance(item, dict) for key, value in item.items()}
+    for group in {group for group, _ in OPTIONS} - {"experiment"}:
+        assert (group, listed[group]) in OPTIONS
+    assert listed["experiment"] is None
+
+
+def test_every_node_of_the_schema_is_a_group_or_set_by_the_list_of_groups() -> None:
+    """There is no part of the config that a user could not find in conf/."""
+    nodes = {name for name, key in schema_keys().items() if key.is_node and "." not in name}
+    assert nodes == {group for group, _ in OPTIONS} - {"experiment"} | {"run"}
+
+
+def outer_launcher(gpus: int) -> Machine:
+    """Return a machine of a cluster on which an outer launcher has started one rank a GPU, eight a machine."""
+    return Machine(gpus=8, started_ranks=gpus, started_ranks_per_node=8)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_keeps_every_rule_on_the_machines_it_is_for(name: str) -> None:
+    """A recipe that says how many GPUs it is for fits them, and says in words what it is expected to give."""
+    gpus = re.search(r"_(\d+)gpu$", name)
+    machine = outer_launcher(int(gpus.group(1))) if gpus else Machine()
+    config = check_config(compose([f"experiment={name}"]), machine)
+    assert config.run.name == name
+    if gpus:
+        assert world_size(config.cluster) == int(gpus.group(1))
+    assert "\n# Expected: " in (conf_dir() / "experiment" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "rows", "recompute"),
+    [
+        ("llama3_8b_8gpu", (1, 1, 8, 1, 1), 2 * 8, "selective"),
+        ("llama3_70b_256gpu", (1, 1, 32, 1, 8), 16 * 32, "full"),
+        ("llama3_405b_512gpu", (8, 1, 8, 1, 8), 32 * 8, "full"),
+    ],
+)
+def test_published_recipes_are_as_they_were_published(
+    name: str, degrees: tuple[int, ...], rows: int, recompute: str
+) -> None:
+    """The degrees, batch and recomputation of a published set-up are those of its publication.
+
+    Source:
+        TorchTitan, https://arxiv.org/abs/2410.06511, its tables of Llama 3.1 8B, 70B and 405B.
+    """
+    config = check_config(compose([f"experiment={name}"]), outer_launcher(int(name.split("_")[-1].removesuffix("gpu"))))
+    assert tuple(getattr(config.parallelism, axis) for axis in AXES) == degrees
+    assert config.training.global_batch_size == rows
+    assert config.training.seq_len == 8192
+    assert config.activation_checkpoint.mode.name == recompute
+
+
+def test_the_command_line_has_the_last_word() -> None:
+    """Groups and keys that are typed win over an experiment, which wins over the defaults."""
+    config = compose(["experiment=llama3_8b_8gpu", "lr_scheduler=cosine", "training.steps=7"])
+    assert config.model.name == "llama3_1_8b"
+    assert config.lr_scheduler.decay_type.name == "cosine"
+    assert config.training.steps == 7
+    assert config.training.seq_len == 8192

@@ -1,0 +1,83 @@
+"""What the environment says of this process and its machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from titan.errors import ConfigError
+from titan.launch.environment import Rank, count_gpus, current_machine, current_rank, threads_per_rank
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "1",
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "OMP_NUM_THREADS"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_rank_is_what_its_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK makes a process a rank, and its machine one on which the ranks have been started."""
+    assert current_rank() is None
+    assert current_machine().started_ranks is None
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert current_rank() == Rank(rank=3, local_rank=1, world_size=4, local_world_size=2, attempt=0, has_store=True)
+    assert (current_machine().started_ranks, current_machine().started_ranks_per_node) == (4, 2)
+
+
+def test_the_shell_of_an_allocation_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM's variables alone, as in an interactive allocation, do not make a process a rank."""
+    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "1")
+    assert current_rank() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "-1"), ("RANK", "4"), ("LOCAL_RANK", "2"), ("WORLD_SIZE", "two"), ("LOCAL_WORLD_SIZE", "5")],
+)
+def test_variables_that_contradict_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """A rank is not guessed from variables that cannot be."""
+    for other, right in TORCHRUN.items():
+        monkeypatch.setenv(other, right)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name} ?= ?{value}"):
+        current_rank()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ranks", "threads"),
+    [
+        (None, 1, len(os.sched_getaffinity(0))),
+        (None, 1000, 1),
+        ("3", 1, 3),
+        ("3,2", 4, 3),
+        ("many", 1000, 1),
+        ("0", 1, 1),
+    ],
+)
+def test_the_users_own_threads_win(
+    monkeypatch: pytest.MonkeyPatch, wanted: str | None, ranks: int, threads: int
+) -> None:
+    """Ranks share the CPUs, at least one thread each, unless OMP_NUM_THREADS says otherwise."""
+    if wanted is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    assert threads_per_rank(ranks) == threads
+
+
+def test_hidden_gpus_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty CUDA_VISIBLE_DEVICES leaves no GPU, whatever the machine has."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert count_gpus() == 0
