@@ -61,7 +61,7 @@ def test_documents_follow_each_other_between_begin_and_end(config: DataConfig) -
     """The file holds every document's bytes in order, each between its begin and end of text, and nothing else."""
     packed = pack(config)
     expected = [token for text in TEXTS for token in (256, *text.encode(), 257)]
-    tokens = packed.open()
+    tokens = packed.open()[:]
     assert tokens.tolist() == expected
     assert tokens.dtype == np.uint16
     assert packed.tokens == len(expected)
@@ -69,6 +69,16 @@ def test_documents_follow_each_other_between_begin_and_end(config: DataConfig) -
     assert packed.text_bytes == sum(len(text.encode()) for text in TEXTS)
     assert packed.longest_document_tokens == 1002
     assert packed.skipped == {}
+
+
+def test_a_file_that_was_cut_short_is_an_error(config: DataConfig) -> None:
+    """Tokens that are not there are not taken for the end of the data."""
+    packed = pack(config)
+    packed.path.write_bytes(packed.path.read_bytes()[:-10])
+    tokens = packed.open()
+    assert len(tokens[: packed.tokens - 5]) == packed.tokens - 5
+    with pytest.raises(DataError, match="ends before token"):
+        tokens[packed.tokens - 6 :]
 
 
 def test_tokens_are_stored_in_the_smallest_type_that_holds_them() -> None:
@@ -109,7 +119,7 @@ def test_a_new_file_in_the_folder_is_packed_with_the_others(tmp_path: Path) -> N
     config = DataConfig(kind=DataKind.text, path=str(folder), cache_dir=str(tmp_path / "cache"))
     assert pack(config).documents == 1
     (folder / "a.txt").write_text("a")
-    assert pack(config).open().tolist() == [256, ord("a"), 257, 256, ord("b"), 257]
+    assert pack(config).open()[:].tolist() == [256, ord("a"), 257, 256, ord("b"), 257]
 
 
 @pytest.mark.parametrize("change", [{"text_field": "body"}, {"bad_documents": BadDocuments.skip}])
@@ -138,7 +148,7 @@ def test_another_process_gets_what_the_writer_writes(config: DataConfig) -> None
         "tokenizer = build_tokenizer(TokenizerConfig(kind=TokenizerKind.bytes))\n"
         "config = DataConfig(kind=DataKind.jsonl, path=sys.argv[1], cache_dir=sys.argv[2])\n"
         "print('waiting', flush=True)\n"
-        "print(json.dumps(pack_tokens(config, tokenizer, False, 60).open().tolist()))\n"
+        "print(json.dumps(pack_tokens(config, tokenizer, False, 60).open()[:].tolist()))\n"
     )
     arguments = [sys.executable, "-c", program, str(config.path), str(config.cache_dir)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
@@ -147,7 +157,7 @@ def test_another_process_gets_what_the_writer_writes(config: DataConfig) -> None
         time.sleep(0.3)
         assert process.poll() is None
         packed = pack(config)
-        assert json.loads(process.stdout.readline()) == packed.open().tolist()
+        assert json.loads(process.stdout.readline()) == packed.open()[:].tolist()
     assert process.returncode == 0
 
 
@@ -218,7 +228,7 @@ def test_tokens_without_their_index_are_written_again(config: DataConfig, reads:
     (packed.path.parent / "index.json").unlink()
     packed.path.write_bytes(b"garbage")
     assert pack(config) == packed
-    assert packed.open()[0] == 256
+    assert packed.open()[:1].tolist() == [256]
     assert len(reads) == 2
 
 
@@ -250,10 +260,10 @@ def test_what_was_left_out_is_reported(tmp_path: Path) -> None:
     packed = pack(config)
     assert pack(config).skipped == {"empty": 1, "broken JSON": 2}
     assert packed.describe(seq_len=64) == [
-        "1 documents, 0.0 MB of text, 100 tokens (0.98 bytes a token)",
+        "1 document, 0.1 kB of text, 100 tokens (0.98 bytes a token)",
         "documents longer than a row of 64 go on in the next; the longest has 100 tokens",
         "left out 2 documents: broken JSON",
-        "left out 1 documents: empty",
+        "left out 1 document: empty",
     ]
     assert len(packed.describe(seq_len=100)) == 3
 

@@ -32,11 +32,12 @@ def find_files(path: str, kind: str) -> list[Path]:
 
 def find_standard_library() -> list[Path]:
     """Return the source files of the Python standard library, without installed packages, sorted."""
-    root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"site-packages", "dist-packages", "__pycache__"}
-    return sorted(
-        file for file in root.rglob("*.py") if not skipped.intersection(file.relative_to(root).parts) and file.is_file()
-    )
+    found: list[Path] = []
+    for folder, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = [name for name in folders if name not in skipped]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(file for file in found if file.is_file())
 
 
 def _has_suffix(file: Path, suffixes: tuple[str, ...]) -> bool:

@@ -14,8 +14,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from titan.data.packing import TokenFile
 
 IGNORED_LABEL = -100
 """The label of a position that does not count in the loss; PyTorch's default."""
@@ -86,7 +90,7 @@ def count_rows(tokens: int, seq_len: int) -> int:
     return max(1, -(-(tokens - 1) // seq_len))
 
 
-def read_row(tokens: np.ndarray, row: int, seq_len: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
+def read_row(tokens: np.ndarray | TokenFile, row: int, seq_len: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a row's inputs and labels; past the end of the data come padding and labels that do not count.
 
     Shape:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from titan.data.batch import RowOrder, count_rows, find_starts, read_row
-from titan.data.packing import PackedTokens
+from titan.data.packing import PackedTokens, TokenFile
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class PackedRows(Dataset[tuple[np.ndarray, ...]]):
 
     def __init__(self, packed: PackedTokens, seq_len: int, padding: int, document_start: int | None = None) -> None:
         self.packed, self.seq_len, self.padding, self.document_start = packed, seq_len, padding, document_start
-        self._tokens: np.ndarray | None = None
+        self._tokens: TokenFile | None = None
 
     def __len__(self) -> int:
         return count_rows(self.packed.tokens, self.seq_len)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, ...]:
-        if self._tokens is None:  # each worker maps the file itself
+        if self._tokens is None:  # each worker opens the file itself
             self._tokens = self.packed.open()
         inputs, labels = read_row(self._tokens, row, self.seq_len, self.padding)
         if self.document_start is None:

@@ -1,4 +1,4 @@
-"""Tokenise once, pack into one long row of tokens on disk, and read it through memory mapping ever after.
+"""Tokenise once, pack into one long row of tokens on disk, and read it piece by piece ever after.
 
 Documents follow each other, each between its begin and end of text, and the whole is cut into rows of equal length:
 a document longer than a row goes on in the next one, and only the last row of all is padded. The file is named by a
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,35 @@ from titan.errors import DataError
 
 _FORMAT = 1
 _POLL_SECONDS = 0.1
+
+
+class TokenFile:
+    """Tokens on disk, read piece by piece.
+
+    Not mapped into memory: pages that were read would count as the process's own for as long as it runs, and its
+    memory would seem to grow until the whole file had been seen.
+    """
+
+    def __init__(self, path: Path, tokens: int, dtype: type[np.unsignedinteger]) -> None:
+        self.tokens, self.dtype = tokens, np.dtype(dtype)
+        self.path, self._descriptor = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, piece: slice) -> np.ndarray:
+        """Read tokens [start, stop). Shape: (stop - start,), uint16 or uint32.
+
+        Raises:
+            DataError: If the file ends before.
+        """
+        start, stop, _ = piece.indices(self.tokens)
+        wanted = max(0, stop - start) * self.dtype.itemsize
+        read = os.pread(self._descriptor, wanted, start * self.dtype.itemsize)
+        if len(read) < wanted:
+            raise DataError(f"{self.path} ends before token {stop:,}; delete its folder to tokenise anew")
+        return np.frombuffer(read, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -42,23 +72,30 @@ class PackedTokens:
     longest_document_tokens: int
     vocab_size: int
 
-    def open(self) -> np.ndarray:
-        """Map the tokens into memory. Shape: (tokens,), uint16 or uint32."""
-        return np.memmap(self.path, dtype=token_dtype(self.vocab_size), mode="r", shape=(self.tokens,))
+    def open(self) -> TokenFile:
+        """Open the tokens for reading."""
+        return TokenFile(self.path, self.tokens, token_dtype(self.vocab_size))
 
     def describe(self, seq_len: int) -> list[str]:
         """Return what a person wants to know of the data, as lines."""
         lines = [
-            f"{self.documents:,} documents, {self.text_bytes / 1e6:,.1f} MB of text, {self.tokens:,} tokens "
-            f"({self.text_bytes / max(1, self.tokens):.2f} bytes a token)"
+            f"{self.documents:,} document{'s' * (self.documents != 1)}, {_size(self.text_bytes)} of text, "
+            f"{self.tokens:,} tokens ({self.text_bytes / max(1, self.tokens):.2f} bytes a token)"
         ]
         if self.longest_document_tokens > seq_len:
             lines.append(
                 f"documents longer than a row of {seq_len} go on in the next; the longest has "
                 f"{self.longest_document_tokens:,} tokens"
             )
-        lines += [f"left out {count:,} documents: {reason}" for reason, count in sorted(self.skipped.items())]
+        lines += [
+            f"left out {count:,} document{'s' * (count != 1)}: {reason}"
+            for reason, count in sorted(self.skipped.items())
+        ]
         return lines
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
 
 
 def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:

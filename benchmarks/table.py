@@ -1,0 +1,77 @@
+"""Write the figures of results/ into the table of README.md, so that no number there was typed by hand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from record import RESULTS
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- figures: python benchmarks/table.py -->\n", "<!-- end of figures -->\n"
+
+
+def main() -> int:
+    """Replace the table."""
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    lines = ["| what | median | least to most | unit |", "|---|---:|---:|---|"]
+    lines += [f"| {' | '.join(cells)} |" for result in _results() for cells in _rows(**result)]
+    lines += ["", *(_origin(**result) for result in _results())]
+    README.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after)
+    return 0
+
+
+def _results() -> Iterator[dict[str, Any]]:
+    for name in ("cpu_tokens_per_second", "startup", "memory_flatness"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            yield {"name": name, "result": json.loads(path.read_text())}
+
+
+def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Return the rows of one benchmark: what, median, spread, unit."""
+    if name == "cpu_tokens_per_second":
+        for side in result["sides"].values():
+            yield _row(side["what"], side["tokens_per_second"], ",.0f", "tokens/s")
+        for other, ratio in result["ratios"].items():
+            what = f"ratio to: {result['sides'][other]['what']}"
+            yield what, f"{ratio['of_medians']:.2f}", f"{ratio['least']:.2f} to {ratio['most']:.2f}", "of turns"
+    elif name == "startup":
+        yield _row("`--cfg job`", result["cfg_job_seconds"], ".2f", "s")
+        yield _row("command to frozen config (front end)", result["front_end_seconds"], ".2f", "s")
+        yield _row("command to first step", result["first_step_seconds"], ".2f", "s")
+        yield _row("the same, 2 processes", result["first_step_seconds_of_2_processes"], ".2f", "s")
+        for part, seconds in result["parts_seconds"].items():
+            yield _row(f"part: {part}", seconds, ".2f", "s")
+        yield "part: data, not yet tokenised", f"{result['data_seconds_first_time']:.2f}", "once", "s"
+    else:
+        for case, found in result["cases"].items():
+            title = case.replace("_", " ")
+            yield f"{title}: peak resident memory", f"{found['peak_gib']:.2f}", "", "GiB"
+            yield f"{title}: growth of the peak", f"{found['growth_of_peak']:.1%}", "", "of steps 101–200"
+            yield f"{title}: growth of anonymous memory", f"{found['growth_of_resident']:.1%}", "", "of steps 101–200"
+            slope = found["slope_of_resident_kib_per_step"]
+            yield f"{title}: slope of anonymous memory", f"{slope:.1f}", "", "KiB/step"
+
+
+def _row(what: str, spread: dict[str, float], form: str, unit: str) -> tuple[str, str, str, str]:
+    return what, f"{spread['median']:{form}}", f"{spread['least']:{form}} to {spread['most']:{form}}", unit
+
+
+def _origin(name: str, result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    changed = " with changes on top" if machine["changed_since_commit"] else ""
+    return (
+        f"- `{name}`: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, no GPU; Python "
+        f"{machine['python']}, {versions}; commit {machine['commit'][:7]}{changed}, {machine['time'][:10]}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
