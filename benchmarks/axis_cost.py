@@ -205,7 +205,7 @@ def _rank(case: Case, tokens: Path, steps: int, rank: int, ranks: int, store: st
             trainer.optimizer,
             config.training.max_grad_norm,
             trainer.mesh.loss_group,
-            trainer.mesh.group("pp"),
+            trainer.mesh.stage_group,
             trainer.copies,
         )
         return time.perf_counter() - began

@@ -26,6 +26,9 @@ def here(here: Path) -> Path:
     ranks = [f"{base64.b64encode(bytes([value])).decode()} {value}\n" for value in range(256)]
     (here / "tokenizer.model").write_text("".join(ranks))
     (here / "a_file").write_text("")
+    (here / "two.csv").write_text("0F0,,,0B0\n,1F0,1B0,\n")
+    (here / "words.csv").write_text("0F0,0B0\n1F0,what\n")
+    (here / "forward.csv").write_text("0F0,0B0\n1F0\n")
     for name, text in {
         "model/broken.yaml": "name: [1,\n  dim: 3\n",
         "model/misspelt.yaml": "defaults: [llama3_debug, _self_]\ndimm: 3\n",
@@ -188,6 +191,115 @@ MISTAKES = {
     "a negative degree": ("parallelism.dp_shard=-2", "parallelism.dp_shard = -2", "Try  parallelism.dp_shard=1"),
     "no GPU": ("cluster.device=cuda", "this machine shows no GPU", "Try  cluster.device=cpu"),
     "two machines locally": ("cluster.nodes=2", "cluster=local is this machine alone", "cluster.devices_per_node=2"),
+    "kv heads that tp does not divide": (
+        "model.n_kv_heads=2 parallelism.tp=4 cluster.devices_per_node=4",
+        "parallelism.tp = 4 does not divide model.n_kv_heads = 2",
+        "Allowed here: 1, 2",
+        "Try  parallelism.tp=2",
+    ),
+    "a vocabulary that tp does not divide": (
+        "model.vocab_size=301 parallelism.tp=2 cluster.devices_per_node=2",
+        "parallelism.tp = 2 does not divide model.vocab_size = 301",
+        "Try  parallelism.tp=1",
+    ),
+    "a sequence that cp does not divide": (
+        "training.seq_len=250 parallelism.cp=2 cluster.devices_per_node=2",
+        "training.seq_len = 250 is not a multiple of 4",
+        "cp 2 x 2 chunks",
+        "Try  training.seq_len=248",
+    ),
+    "heads that cp does not divide": (
+        "model.n_kv_heads=1 parallelism.cp=2 parallelism.cp_method=all_to_all cluster.devices_per_node=2",
+        "parallelism.cp = 2 does not divide the 1 kv heads of a rank",
+        "Try  parallelism.cp_method=allgather",
+    ),
+    "a ring that is compiled": (
+        "parallelism.cp=2 parallelism.cp_method=ring compile=inductor cluster.devices_per_node=2",
+        "torch.compile cannot trace point-to-point exchanges",
+        "compile=none   or  parallelism.cp_method=allgather",
+    ),
+    "more stages than blocks": (
+        "parallelism.pp=8 cluster.devices_per_node=8",
+        "6 blocks do not fill 8 pipeline stages (1F1B)",
+        "parallelism.pp=4",
+    ),
+    "too few pipeline microbatches": (
+        "parallelism.pp=4 training.local_batch_size=2 cluster.devices_per_node=4",
+        "2 pipeline microbatches are too few or uneven for pp 4",
+        "Try  training.local_batch_size=4",
+    ),
+    "pipeline microbatches that do not divide": (
+        "parallelism.pp=2 parallelism.pp_microbatches=3 cluster.devices_per_node=2",
+        "parallelism.pp_microbatches = 3 does not divide training.local_batch_size = 8",
+        "Allowed here: 1, 2, 4, 8",
+    ),
+    "a stage too many": (
+        "parallelism.pp=2 cluster.devices_per_node=2 "
+        "parallelism.pp_modules=[[tok_embeddings],[layers.0],[norm,output]]",
+        "parallelism.pp_modules has 3 stages with modules, but 1F1B with pp 2 needs 2",
+        "parallelism.pp_modules=null",
+    ),
+    "a stage that leaves a block out": (
+        "model.n_layers=2 parallelism.pp=2 parallelism.pp_modules=[[tok_embeddings,layers.0],[norm,output]] "
+        "cluster.devices_per_node=2",
+        "missing: layers.1",
+        "The order: tok_embeddings, layers.0, ..., norm, output.",
+    ),
+    "stages without a pipeline": (
+        "parallelism.pp_modules=[[tok_embeddings]]",
+        "parallelism.pp_modules is set, but parallelism.pp = 1",
+        "Try  parallelism.pp=2",
+    ),
+    "a schedule that is not there": (
+        "parallelism.pp=2 parallelism.pp_schedule_csv=nope.csv cluster.devices_per_node=2",
+        "nope.csv is not a pipeline schedule",
+        "It cannot be read",
+        "parallelism.pp_schedule_csv=null",
+    ),
+    "a schedule with a word in it": (
+        "parallelism.pp=2 parallelism.pp_schedule_csv=words.csv cluster.devices_per_node=2",
+        "Line 2, cell 2: 'what' is no action such as 0F0 or 1B3.",
+    ),
+    "a schedule without a backward pass": (
+        "parallelism.pp=2 parallelism.pp_schedule_csv=forward.csv cluster.devices_per_node=2",
+        "Stage 1 and microbatch 0 need one F and one B",
+        "but have F 1, B 0, I 0, W 0",
+    ),
+    "a schedule for fewer ranks": (
+        "parallelism.pp=3 parallelism.pp_schedule_csv=two.csv cluster.devices_per_node=3",
+        "two.csv is for 2 ranks",
+        "Try  parallelism.pp=2",
+    ),
+    "a schedule for fewer microbatches": (
+        "parallelism.pp=2 parallelism.pp_schedule_csv=two.csv cluster.devices_per_node=2",
+        "8 pipeline microbatches, but",
+        "Try  training.local_batch_size=1",
+    ),
+    "a budget without a compiler": (
+        "activation_checkpoint=memory_budget",
+        "It is the compiler that chooses what to keep.",
+        "compile=inductor   or  activation_checkpoint=selective",
+    ),
+    "a budget of more than all": (
+        "activation_checkpoint=memory_budget activation_checkpoint.memory_budget=2 compile=inductor",
+        "activation_checkpoint.memory_budget = 2.0 is not a share",
+    ),
+    "asynchronous tensor parallel on a CPU": (
+        "parallelism.async_tp=true parallelism.tp=2 cluster.devices_per_node=2",
+        "compile.enable = false, and it is the compiler that overlaps",
+        "cluster.device = cpu, and its kernels are for CUDA",
+        "Try  parallelism.async_tp=false",
+    ),
+    "a rank that is not simulated": (
+        "cluster=simulated cluster.simulated_rank=8",
+        "cluster.simulated_rank = 8 is none of the 8 ranks",
+        "Try  cluster.simulated_rank=7",
+    ),
+    "a family that is none": (
+        "model.family=gpt",
+        "model.family = gpt is no model family",
+        "Try  model.family=llama",
+    ),
     "no process": ("cluster.devices_per_node=0", "is not positive", "Try  cluster.devices_per_node=1"),
     # the model
     "heads that do not divide the width": ("model.n_heads=7", "Allowed here: 1, 2, 4", "Try  model.n_heads=8"),

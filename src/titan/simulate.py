@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan.config.degrees import AXES, accumulation_steps, describe_degrees, world_size
+from titan.config.degrees import accumulation_steps, describe_degrees, world_size
 from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
@@ -26,7 +26,7 @@ from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily, load_family
 from titan.optim.build import build_optimizer
 from titan.parallel.apply import allocate
-from titan.parallel.mesh import build_mesh
+from titan.parallel.mesh import build_mesh, leave_process_group
 from titan.trainer.device import device_name
 from titan.trainer.model import (
     BuiltModel,
@@ -95,7 +95,7 @@ def simulate(config: TitanConfig) -> Simulated:
             peak = peak_memory_gib(device)
         return Simulated(
             rank=cluster.simulated_rank,
-            coordinates={axis: mesh.coordinate(axis) for axis in AXES},
+            coordinates=mesh.coordinates,
             ranks=world_size(cluster),
             whole_parameters=family.count_parameters(config.model),
             parameters=sum(p.numel() for p in local),
@@ -110,7 +110,7 @@ def simulate(config: TitanConfig) -> Simulated:
             peak_memory_gib=peak,
         )
     finally:
-        dist.destroy_process_group()
+        leave_process_group()
 
 
 def describe(config: TitanConfig, found: Simulated) -> Iterator[str]:

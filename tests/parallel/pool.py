@@ -86,6 +86,8 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
+    from titan.parallel.mesh import leave_process_group
+
     torch.set_num_threads(1)
     while True:
         try:
@@ -97,7 +99,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
             try:
                 answer = (True, function(*arguments))
             finally:
-                dist.destroy_process_group()
+                leave_process_group()
                 if "torch._dynamo" in sys.modules:  # or the layouts of many tests would count as one program's
                     torch._dynamo.reset()
         except BaseException:

@@ -48,7 +48,7 @@ def fused_graphs(mode: ActivationCheckpointMode) -> list[Counter[str]]:
         mesh = build_mesh(config.parallelism, "cpu")
         with torch.device("meta"):
             model = LLAMA.build(config.model, SEQ_LEN)
-        apply_tensor_parallel(model, LLAMA.cut_of, mesh.storage["tp"], sequence_parallel=True, loss_parallel=True)
+        apply_tensor_parallel(model, LLAMA.cut_of, mesh.tp, sequence_parallel=True, loss_parallel=True)
         model = model.to(torch.bfloat16).to_empty(device="cpu")
         model.init_buffers("cpu")
         apply_activation_checkpoint(model, mode, 2)

@@ -51,7 +51,7 @@ def global_grad_norm(
         for group in groups:
             dist.all_reduce(squares, group=group)
         total = total + squares
-    if stage_group is not None and stage_group.size() > 1:
+    if stage_group is not None:
         dist.all_reduce(total, group=stage_group)
     return total.sqrt().float()
 

@@ -38,13 +38,11 @@ def apply_parallelism(
         done += [f"float8 leaves {name}: {reason}" for name, reason in result.skipped.items()]
     # Context parallelism exchanges the module between a block's matrices, tensor parallelism cuts those matrices.
     settings = config.parallelism
-    if settings.cp > 1:
-        apply_context_parallel(model, mesh.group("cp"), settings.cp_method, settings.cp_head_tail)
+    if mesh.cp_group is not None:
+        apply_context_parallel(model, mesh.cp_group, settings.cp_method, settings.cp_head_tail)
         done.append(f"context parallel {settings.cp_method.name}{', head-tail balanced' * settings.cp_head_tail}")
     if settings.tp > 1:
-        apply_tensor_parallel(
-            model, family.cut_of, mesh.storage["tp"], settings.sequence_parallel, settings.loss_parallel
-        )
+        apply_tensor_parallel(model, family.cut_of, mesh.tp, settings.sequence_parallel, settings.loss_parallel)
         done.append(
             f"tensor parallel, sequence parallel {_on(settings.sequence_parallel)}, "
             f"loss parallel {_on(settings.loss_parallel)}"
@@ -64,7 +62,7 @@ def apply_parallelism(
             model,
             config.compile.backend,
             recompute.memory_budget if has_budget else 1.0,
-            mesh.group("tp") if is_async else None,
+            mesh.tp.get_group() if is_async else None,
         )
         done.append(f"compile with {config.compile.backend}{', asynchronous tensor parallel' * is_async}")
     # FSDP last: it shards what all others have left.

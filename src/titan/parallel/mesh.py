@@ -1,21 +1,26 @@
-"""The device mesh, seen four ways.
+"""The device mesh: where this rank stands on every axis, and the groups that are needed of it.
 
-    axes      (pp, dp_replicate, dp_shard, cp, tp)   every axis that the config names, outermost first
+    axes      (pp, dp_replicate, dp_shard, cp, tp)   what the config names, outermost first; only counted, because
+                                                     ranks are numbered along them
     storage   (pp, dp_replicate, fsdp, tp)           how weights are laid out: fsdp is dp_shard x cp, because context
                                                      parallel ranks hold the same weights and can share them out
-    batch     (pp, batch, cp, tp)                    who sees which rows: batch is dp_replicate x dp_shard
-    loss      (pp, loss, tp)                         who has a share of the loss: loss is dp_replicate x dp_shard x cp
+    cp        the ranks that share a sequence        where dp_shard is 1 too, the same as fsdp
+    loss      the ranks that see other tokens        dp_replicate x dp_shard x cp; where one of the storage axes is all
+                                                     of it, the same as that one
 
-They are plain meshes over the same ranks in the same order. (PyTorch can flatten dims of one mesh, but
-slicing by a flattened name is deprecated since 2.11.)
+Every group takes all ranks to make and a while to connect, so an axis of degree 1 has none (fsdp always has one), and
+what is the same is made once. (PyTorch can flatten dims of one mesh, but slicing by a flattened name is
+deprecated since 2.11.)
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import _redistribute, debug
 
 from titan.config.degrees import AXES
 from titan.config.schema import ParallelismConfig
@@ -23,24 +28,17 @@ from titan.config.schema import ParallelismConfig
 
 @dataclass(frozen=True)
 class Mesh:
-    """The four views, and this rank's place in them."""
+    """This rank's place and groups."""
 
-    axes: DeviceMesh
+    degrees: dict[str, int]
+    """Of every axis."""
+    coordinates: dict[str, int]
+    """This rank's index on every axis."""
     storage: DeviceMesh
-    batch: DeviceMesh
-    loss: DeviceMesh
-
-    def degree(self, axis: str) -> int:
-        """Return the size of an axis."""
-        return self.axes[axis].size()
-
-    def coordinate(self, axis: str) -> int:
-        """Return this rank's index on an axis."""
-        return self.axes.get_local_rank(axis)
-
-    def group(self, axis: str) -> dist.ProcessGroup:
-        """Return the ranks that differ from this one on this axis only."""
-        return self.axes.get_group(axis)
+    """The axes of storage whose degree is not 1, and fsdp."""
+    loss_group: dist.ProcessGroup
+    """The ranks that see other tokens, with this one."""
+    cp_group: dist.ProcessGroup | None
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -48,36 +46,65 @@ class Mesh:
 
         With one replica there is none, or every gradient would be summed over one rank.
         """
-        return self.storage["fsdp"] if self.degree("dp_replicate") == 1 else self.storage["dp_replicate", "fsdp"]
+        return self.storage["fsdp"] if self.degrees["dp_replicate"] == 1 else self.storage["dp_replicate", "fsdp"]
+
+    @property
+    def tp(self) -> DeviceMesh:
+        """The ranks that share matrices; there have to be several."""
+        return self.storage["tp"]
+
+    @property
+    def stage_group(self) -> dist.ProcessGroup | None:
+        """The ranks that have other pipeline stages, with this one; None without a pipeline."""
+        return self.storage.get_group("pp") if self.degrees["pp"] > 1 else None
 
     @property
     def data_rank(self) -> int:
         """Which share of the rows this rank sees."""
-        return self.batch.get_local_rank("batch")
+        return self.coordinates["dp_replicate"] * self.degrees["dp_shard"] + self.coordinates["dp_shard"]
 
     @property
     def data_ranks(self) -> int:
         """Into how many shares the rows are cut."""
-        return self.batch["batch"].size()
-
-    @property
-    def loss_group(self) -> dist.ProcessGroup:
-        """The ranks that see other tokens, with this one."""
-        return self.loss.get_group("loss")
+        return self.degrees["dp_replicate"] * self.degrees["dp_shard"]
 
 
 def build_mesh(parallelism: ParallelismConfig, device_type: str) -> Mesh:
     """Return the mesh of resolved degrees over all ranks of the default process group."""
-    pp, dp_replicate, dp_shard, cp, tp = (getattr(parallelism, axis) for axis in AXES)
-    return Mesh(
-        axes=init_device_mesh(device_type, (pp, dp_replicate, dp_shard, cp, tp), mesh_dim_names=AXES),
-        storage=init_device_mesh(
-            device_type,
-            (pp, dp_replicate, dp_shard * cp, tp),
-            mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"),
-        ),
-        batch=init_device_mesh(
-            device_type, (pp, dp_replicate * dp_shard, cp, tp), mesh_dim_names=("pp", "batch", "cp", "tp")
-        ),
-        loss=init_device_mesh(device_type, (pp, dp_replicate * dp_shard * cp, tp), mesh_dim_names=("pp", "loss", "tp")),
-    )
+    degrees = {axis: getattr(parallelism, axis) for axis in AXES}
+    pp, dp_replicate, dp_shard, cp, tp = degrees.values()
+    coordinates, rest = {}, dist.get_rank()
+    for axis, degree in reversed(degrees.items()):
+        rest, coordinates[axis] = divmod(rest, degree)
+    sizes = {"pp": pp, "dp_replicate": dp_replicate, "fsdp": dp_shard * cp, "tp": tp}
+    present = {axis: size for axis, size in sizes.items() if size > 1 or axis == "fsdp"}
+    storage = init_device_mesh(device_type, tuple(present.values()), mesh_dim_names=tuple(present))
+    cp_group = None
+    if cp > 1:
+        cp_group = storage.get_group("fsdp") if dp_shard == 1 else _middle_group(device_type, cp, tp)
+    if dp_replicate == 1 or dp_shard * cp == 1:
+        loss_group = storage.get_group("fsdp" if dp_replicate == 1 else "dp_replicate")
+    else:
+        loss_group = _middle_group(device_type, dp_replicate * dp_shard * cp, tp)
+    return Mesh(degrees, {axis: coordinates[axis] for axis in AXES}, storage, loss_group, cp_group)
+
+
+def leave_process_group() -> None:
+    """End the default process group so that this process can start another.
+
+    DTensor's caches hold meshes of the old one, and take a new one of the same shape for it (2.13).
+    """
+    dist.destroy_process_group()
+    debug._clear_sharding_prop_cache()
+    for cached in vars(_redistribute).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
+
+
+def _middle_group(device_type: str, size: int, inner: int) -> dist.ProcessGroup:
+    """Return this rank's group of `size` ranks that are `inner` apart."""
+    outer = dist.get_world_size() // (size * inner)
+    shape = {"outer": outer, "group": size, "inner": inner}
+    present = {name: count for name, count in shape.items() if count > 1 or name == "group"}
+    assert math.prod(present.values()) == dist.get_world_size(), "the degrees' product is the world size"
+    return init_device_mesh(device_type, tuple(present.values()), mesh_dim_names=tuple(present)).get_group("group")

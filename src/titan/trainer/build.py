@@ -113,7 +113,7 @@ def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
     ranks = config.parallelism.cp
     if ranks == 1:
         return None
-    return positions_of_rank(config.training.seq_len, ranks, mesh.coordinate("cp"), config.parallelism.cp_head_tail)
+    return positions_of_rank(config.training.seq_len, ranks, mesh.coordinates["cp"], config.parallelism.cp_head_tail)
 
 
 def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:

@@ -57,7 +57,7 @@ def fit(trainer: Trainer) -> float | None:
                 trainer.optimizer,
                 config.training.max_grad_norm,
                 trainer.mesh.loss_group,
-                trainer.mesh.group("pp"),
+                trainer.mesh.stage_group,
                 trainer.copies,
             )
             state.step += 1

@@ -66,18 +66,19 @@ def build_model(
         whole = family.build(config.model, config.training.seq_len)
     loss_sum: LossSum = cross_entropy_sum
     if config.parallelism.tp > 1 and config.parallelism.loss_parallel:
-        loss_sum = partial(vocab_parallel_cross_entropy, group=mesh.group("tp"))
+        loss_sum = partial(vocab_parallel_cross_entropy, group=mesh.tp.get_group())
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
         return BuiltModel([whole], build_forward_backward(whole, loss_sum), applied)
 
-    settings = config.parallelism
+    settings, stage_group = config.parallelism, mesh.stage_group
+    assert stage_group is not None, "pp > 1"
     ranks = stages_of_ranks(settings)
     n_stages = sum(map(len, ranks))
     plan = settings.pp_modules or plan_stages(
         config.model.n_layers, n_stages, settings.pp_less_first, settings.pp_less_last
     )
-    indices = ranks[mesh.coordinate("pp")]
+    indices = ranks[mesh.coordinates["pp"]]
     parts = [split_model(whole, plan[index]) for index in indices]
     applied, *_ = [_finish(part, family, config, mesh, device, fill) for part in parts]
     microbatches = pipeline_microbatches(config)
@@ -89,7 +90,7 @@ def build_model(
         settings.pp_schedule,
         settings.pp_schedule_csv,
         microbatches,
-        mesh.group("pp"),
+        stage_group,
         device,
         stage_shapes(config, microbatches),
         seam.loss,
@@ -102,8 +103,8 @@ def build_model(
             )
             for name in ("tok_embeddings", "output")
         )
-        other = last if mesh.coordinate("pp") == first else first
-        seam.tied = TiedEmbedding(embedding, copy, mesh.group("pp"), other)
+        other = last if mesh.coordinates["pp"] == first else first
+        seam.tied = TiedEmbedding(embedding, copy, stage_group, other)
     name = settings.pp_schedule_csv or settings.pp_schedule.name
     stages = "; ".join(f"stage {index}: {_listed(stage)}" for index, stage in enumerate(plan))
     applied.append(f"pipeline {name}, {microbatches} microbatches, {stages}")

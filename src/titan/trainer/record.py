@@ -91,7 +91,7 @@ def record_run(
             trainer.optimizer,
             config.training.max_grad_norm,
             trainer.mesh.loss_group,
-            trainer.mesh.group("pp"),
+            trainer.mesh.stage_group,
             trainer.copies,
         )
         losses.append(result.loss)

@@ -56,7 +56,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     loss_group: dist.ProcessGroup,
-    stage_group: dist.ProcessGroup,
+    stage_group: dist.ProcessGroup | None,
     copies: Sequence[nn.Parameter] = (),
 ) -> StepResult:
     """Do one step on this rank's micro-batches.
@@ -68,7 +68,7 @@ def train_step(
         optimizer: Over the same parameters.
         max_grad_norm: See `clip_gradients`.
         loss_group: The ranks that see other tokens.
-        stage_group: The ranks that have other stages of the model.
+        stage_group: The ranks that have other stages of the model, if there are any.
         copies: Those of the parameters whose original is on another stage: they count once in the norm.
 
     Raises:
@@ -79,7 +79,7 @@ def train_step(
     valid_tokens = count_valid_tokens([batch.labels for batch in batches], loss_group)
     loss = forward_backward(batches, valid_tokens)
     dist.all_reduce(loss, group=loss_group)
-    if stage_group.size() > 1:  # only the last stage knows it
+    if stage_group is not None:  # only the last stage knows it
         dist.all_reduce(loss, group=stage_group)
     norm = global_grad_norm(parameters, loss.device, stage_group, copies)
     result = StepResult(*torch.stack((loss, norm)).tolist())
