@@ -183,8 +183,7 @@ def _rank(case: Case, tokens: Path, steps: int, rank: int, ranks: int, store: st
     from titan.data.packing import PackedTokens
     from titan.trainer.build import build_trainer
     from titan.trainer.device import select_device
-    from titan.trainer.loop import build_meter, steps_of_batches
-    from titan.trainer.step import train_step
+    from titan.trainer.loop import build_meter, run_step, steps_of_batches
 
     config = config_of(case)
     device = select_device(config.cluster.device, rank, int(os.environ["OMP_NUM_THREADS"]))
@@ -192,22 +191,12 @@ def _rank(case: Case, tokens: Path, steps: int, rank: int, ranks: int, store: st
     packed = PackedTokens(tokens, 1 << 20, 1, 1 << 20, {}, 1 << 20, 256)
     trainer = build_trainer(config, device, packed)
     batches = steps_of_batches(trainer, build_meter(trainer))
-    parameters = [parameter for _, parameter in trainer.parameters]
 
     def step() -> float:
         rows = next(batches)
         dist.barrier()
         began = time.perf_counter()
-        train_step(
-            rows,
-            trainer.forward_backward,
-            parameters,
-            trainer.optimizer,
-            config.training.max_grad_norm,
-            trainer.mesh.loss_group,
-            trainer.mesh.stage_group,
-            trainer.copies,
-        )
+        run_step(trainer, rows)
         return time.perf_counter() - began
 
     for _ in range(WARM_UP):

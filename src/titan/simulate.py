@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan.config.degrees import accumulation_steps, describe_degrees, world_size
+from titan.config.degrees import accumulation_steps, describe_degrees, pipeline_microbatches, world_size
 from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
@@ -32,7 +32,7 @@ from titan.trainer.model import (
     BuiltModel,
     PipelineForwardBackward,
     build_model,
-    pipeline_microbatches,
+    describe_modules,
     stage_shapes,
 )
 
@@ -103,7 +103,7 @@ def simulate(config: TitanConfig) -> Simulated:
             gradients_bytes=weights,
             optimizer_bytes=2 * weights,  # AdamW's two moments, as its weights are
             largest_gathered_bytes=max(_gathered_bytes(part) for part in model.parts),
-            modules=[_modules(part) for part in model.parts],
+            modules=[describe_modules(_modules(part)) for part in model.parts],
             applied=model.applied,
             build_seconds=build_seconds,
             step_seconds=steps,
@@ -245,8 +245,6 @@ def _gathered_bytes(part: Decoder) -> int:
     return 2 * max(groups)
 
 
-def _modules(part: Decoder) -> str:
-    names = ["tok_embeddings"] if part.tok_embeddings is not None else []
-    blocks = list(part.layers)
-    names += [f"blocks {blocks[0]}-{blocks[-1]}"] if blocks else []
-    return ", ".join(names + [name for name in ("norm", "output") if getattr(part, name) is not None])
+def _modules(part: Decoder) -> list[str]:
+    ends = [name for name in ("norm", "output") if getattr(part, name) is not None]
+    return [*["tok_embeddings"] * (part.tok_embeddings is not None), *(f"layers.{name}" for name in part.layers), *ends]

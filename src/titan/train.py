@@ -44,7 +44,7 @@ from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import current_machine, current_rank
 from titan.launch.local import launch_local
 from titan.log import logger, silence, start_logging
-from titan.run_directory import RunDirectory
+from titan.run_directory import RunDirectory, short_path
 
 _TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM)
 
@@ -221,7 +221,7 @@ def dispatch(config: TitanConfig, directory: RunDirectory, overrides: list[str])
     if freeze(config, directory, overrides) is Frozen.complete:
         logger.info(f"{directory.path}: this run is complete (step {config.training.steps}); nothing to do")
         return 0
-    logger.info(f"run        {_shown(directory.path)}")
+    logger.info(f"run        {short_path(directory.path)}")
     ranks = world_size(config.cluster)
     if ranks == 1:
         return worker.main([str(directory.config)])
@@ -251,7 +251,7 @@ def summarise(outcomes: list[Outcome]) -> Iterator[str]:
                 f"{last['loss']:.4f}" if last else "-",
                 f"{last['tokens_per_second']:,.0f}" if last else "-",
                 " ".join(text for text in outcome.overrides if text not in common) or "-",
-                _shown(directory.path),
+                short_path(directory.path),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -299,13 +299,6 @@ def _exit_with(error: TitanError) -> NoReturn:
     if rank is None or rank.rank == 0:  # all ranks of an outer launcher find the same mistake
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)
-
-
-def _shown(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 if __name__ == "__main__":

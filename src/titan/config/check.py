@@ -15,6 +15,7 @@ from titan.config.degrees import (
     Machine,
     data_degree,
     model_modules,
+    pipeline_microbatches,
     plan_stages,
     resolve_config,
     stages_of_ranks,
@@ -316,7 +317,7 @@ def _check_stages(config: TitanConfig, stages: int) -> Iterator[Problem]:
 def _check_pipeline_microbatches(config: TitanConfig) -> Iterator[Problem]:
     settings, rows = config.parallelism, config.training.local_batch_size
     schedule = settings.pp_schedule.name
-    pieces = rows if settings.pp_microbatches == -1 else settings.pp_microbatches
+    pieces = pipeline_microbatches(config)
     if pieces < 1 or rows % pieces:
         yield Problem(
             f"parallelism.pp_microbatches = {pieces} does not divide training.local_batch_size = {rows}",
@@ -464,7 +465,11 @@ def check_async_tensor_parallel(config: TitanConfig) -> Iterator[Problem]:
         return
     for is_met, what, suggestion in (
         (settings.tp > 1, f"parallelism.tp = {settings.tp} exchanges nothing", "parallelism.tp=2"),
-        (settings.sequence_parallel, "it overlaps what sequence parallelism exchanges", "sequence_parallel=true"),
+        (
+            settings.sequence_parallel,
+            "it overlaps what sequence parallelism exchanges",
+            "parallelism.sequence_parallel=true",
+        ),
         (config.compile.enable, "compile.enable = false, and it is the compiler that overlaps", "compile=inductor"),
         (
             config.cluster.device is Device.cuda,
@@ -473,8 +478,7 @@ def check_async_tensor_parallel(config: TitanConfig) -> Iterator[Problem]:
         ),
     ):
         if not is_met:
-            key = "parallelism." if suggestion.startswith("sequence") else ""
-            yield Problem(f"parallelism.async_tp = true, but {what}", suggestion=f"{key}{suggestion}")
+            yield Problem(f"parallelism.async_tp = true, but {what}", suggestion=suggestion)
 
 
 def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:

@@ -70,6 +70,12 @@ def stages_of_ranks(parallelism: ParallelismConfig) -> list[list[int]]:
     return [list(range(rank, ranks * rounds, ranks)) for rank in range(ranks)]
 
 
+def pipeline_microbatches(config: TitanConfig) -> int:
+    """Return into how many pieces a pipeline cuts a micro-batch of the data."""
+    pieces = config.parallelism.pp_microbatches
+    return config.training.local_batch_size if pieces == -1 else pieces
+
+
 def model_modules(n_layers: int) -> list[str]:
     """Return the modules that a pipeline shares out, in the order in which a token passes them."""
     return ["tok_embeddings", *(f"layers.{index}" for index in range(n_layers)), "norm", "output"]
@@ -152,8 +158,8 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
             Problem("cluster.device = cuda, but this machine shows no GPU", suggestion="cluster.device=cpu")
         )
     nodes, per_node = cluster.nodes, cluster.devices_per_node
-    is_started = machine.started_ranks is not None and cluster.kind is not ClusterKind.simulated
-    if is_started and machine.started_ranks is not None and machine.started_ranks_per_node is not None:
+    is_real = cluster.kind is not ClusterKind.simulated
+    if is_real and machine.started_ranks is not None and machine.started_ranks_per_node is not None:
         found_nodes, uneven = divmod(machine.started_ranks, machine.started_ranks_per_node)
         if uneven:
             problems.append(

@@ -13,12 +13,11 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan.errors import PeerLost, RanksFailed, TitanError
 from titan.launch.environment import threads_per_rank
-from titan.run_directory import RunDirectory
+from titan.run_directory import RunDirectory, short_path
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -83,7 +82,7 @@ def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
         number = failure.exitcode
         message = f"ended by {signal.Signals(-number).name}" if number < 0 else f"exit code {number}, no exception"
     code = failure.exitcode if failure.exitcode > 0 else 1
-    return RanksFailed(f"rank {rank} failed first: {message}\n  log: {_relative(directory.log(rank, 0))}", rank, code)
+    return RanksFailed(f"rank {rank} failed first: {message}\n  log: {short_path(directory.log(rank, 0))}", rank, code)
 
 
 def _precedence(failure: ProcessFailure) -> tuple[int, float]:
@@ -105,10 +104,3 @@ def _exception_of(failure: ProcessFailure) -> str:
         return ""
     message = failure.error_file_data.get("message", "")
     return str(message.get("message", "")) if isinstance(message, dict) else str(message)
-
-
-def _relative(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

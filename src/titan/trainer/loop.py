@@ -45,23 +45,9 @@ def fit(trainer: Trainer) -> float | None:
         profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
         result = None
         began, batches = time.perf_counter(), steps_of_batches(trainer, meter)
-        parameters = [parameter for _, parameter in trainer.parameters]
         reset_peak_memory(trainer.device)
         while state.step < steps:
-            learning_rate = config.optimizer.lr * lr_factor(state.step, steps, config.lr_scheduler)
-            set_learning_rate(trainer.optimizer, learning_rate)
-            result = train_step(
-                next(batches),
-                trainer.forward_backward,
-                parameters,
-                trainer.optimizer,
-                config.training.max_grad_norm,
-                trainer.mesh.loss_group,
-                trainer.mesh.stage_group,
-                trainer.copies,
-            )
-            state.step += 1
-            state.tokens += trainer.tokens_per_step
+            result, learning_rate = run_step(trainer, next(batches))
             meter.steps += 1
             if console is not None:
                 console.step()
@@ -77,6 +63,26 @@ def fit(trainer: Trainer) -> float | None:
             f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}"
         )
     return result.loss if result is not None else None
+
+
+def run_step(trainer: Trainer, batches: list[Batch]) -> tuple[StepResult, float]:
+    """Take the next step with its learning rate, and count it; returns what it gave and that rate."""
+    config, state = trainer.config, trainer.state
+    learning_rate = config.optimizer.lr * lr_factor(state.step, config.training.steps, config.lr_scheduler)
+    set_learning_rate(trainer.optimizer, learning_rate)
+    result = train_step(
+        batches,
+        trainer.forward_backward,
+        [parameter for _, parameter in trainer.parameters],
+        trainer.optimizer,
+        config.training.max_grad_norm,
+        trainer.mesh.loss_group,
+        trainer.mesh.stage_group,
+        trainer.copies,
+    )
+    state.step += 1
+    state.tokens += trainer.tokens_per_step
+    return result, learning_rate
 
 
 def build_meter(trainer: Trainer) -> Meter:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from titan.config.degrees import plan_stages, stages_of_ranks
+from titan.config.degrees import pipeline_microbatches, plan_stages, stages_of_ranks
 from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
 from titan.models.decoder import Decoder
@@ -106,7 +106,7 @@ def build_model(
         other = last if mesh.coordinates["pp"] == first else first
         seam.tied = TiedEmbedding(embedding, copy, stage_group, other)
     name = settings.pp_schedule_csv or settings.pp_schedule.name
-    stages = "; ".join(f"stage {index}: {_listed(stage)}" for index, stage in enumerate(plan))
+    stages = "; ".join(f"stage {index}: {describe_modules(stage)}" for index, stage in enumerate(plan))
     applied.append(f"pipeline {name}, {microbatches} microbatches, {stages}")
     return BuiltModel(parts, seam, applied)
 
@@ -145,12 +145,6 @@ def _finish(
     return applied
 
 
-def pipeline_microbatches(config: TitanConfig) -> int:
-    """Return into how many pieces a pipeline cuts a micro-batch of the data."""
-    pieces = config.parallelism.pp_microbatches
-    return config.training.local_batch_size if pieces == -1 else pieces
-
-
 def stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, hidden states and logits of one pipeline microbatch, on meta."""
     settings, dtype = config.parallelism, DTYPES[config.training.param_dtype]
@@ -167,7 +161,7 @@ def stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor
         )
 
 
-def _listed(modules: list[str]) -> str:
+def describe_modules(modules: list[str]) -> str:
     """Return a stage's modules, its blocks as a range."""
     blocks = [name.removeprefix("layers.") for name in modules if name.startswith("layers.")]
     ranged = [f"blocks {blocks[0]}-{blocks[-1]}" if len(blocks) > 1 else f"block {blocks[0]}"] if blocks else []

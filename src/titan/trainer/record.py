@@ -17,10 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from titan.config.schema import TitanConfig
 from titan.data.packing import PackedTokens
-from titan.optim.schedule import lr_factor, set_learning_rate
 from titan.trainer.build import build_trainer
-from titan.trainer.loop import build_meter, steps_of_batches
-from titan.trainer.step import train_step
+from titan.trainer.loop import build_meter, run_step, steps_of_batches
 
 
 @dataclass(frozen=True)
@@ -77,23 +75,11 @@ def record_run(
     """
     trainer = build_trainer(config, device, packed)
     batches = steps_of_batches(trainer, build_meter(trainer))
-    parameters = [parameter for _, parameter in trainer.parameters]
     losses: list[float] = []
     norms: list[float] = []
     gradients: dict[str, Tensor] = {}
     for step in range(config.training.steps if steps is None else steps):
-        factor = lr_factor(step, config.training.steps, config.lr_scheduler)
-        set_learning_rate(trainer.optimizer, config.optimizer.lr * factor)
-        result = train_step(
-            next(batches),
-            trainer.forward_backward,
-            parameters,
-            trainer.optimizer,
-            config.training.max_grad_norm,
-            trainer.mesh.loss_group,
-            trainer.mesh.stage_group,
-            trainer.copies,
-        )
+        result, _ = run_step(trainer, next(batches))
         losses.append(result.loss)
         norms.append(result.grad_norm)
         if step == 0:
