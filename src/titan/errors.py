@@ -9,6 +9,7 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
     ├── StorageError     73   storage failed repeatedly
+    ├── Stopped          75   told to stop, and did so in order; the same command goes on
     ├── PeerLost          1   another rank ended first; that one says why
     └── RanksFailed           a rank ended with an error; its exit code
 """
@@ -81,6 +82,17 @@ class StorageError(TitanError):
     """Writing to the run directory failed repeatedly."""
 
     exit_code = 73
+
+
+class Stopped(TitanError):
+    """The run was told to stop and did, between two steps and on all ranks together."""
+
+    exit_code = 75
+
+    def __init__(self, signal_name: str, step: int, is_saved: bool) -> None:
+        saved = "and it is saved: the same command goes on from there" if is_saved else "and nothing was saved"
+        super().__init__(f"stopped by {signal_name} after step {step}, {saved}")
+        self.signal_name, self.step, self.is_saved = signal_name, step, is_saved
 
 
 class PeerLost(TitanError):

@@ -7,6 +7,7 @@
               metrics.jsonl   one line a logged step
               logs/           one file per rank and attempt
               checkpoints/    step_00000010/ and so on
+              slurm/          batch script and console of a job, where SLURM ran it
 
 Names are a contract with other tools; nothing else in titan spells them out.
 """
@@ -53,6 +54,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def slurm(self) -> Path:
+        """The folder of batch scripts and what SLURM's tasks wrote on their consoles."""
+        return self.path / "slurm"
+
+    @property
     def profiles(self) -> Path:
         """The folder of profiler traces."""
         return self.path / "profiles"
@@ -68,6 +74,11 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
 
+    def read_failure(self) -> int:
+        """Return the exit code of the rank that failed first, or 0 where none has."""
+        status = self.read_status()
+        return int(status.get("exit_code") or 1) if status.get("state") == "failed" else 0
+
     def is_complete(self, steps: int) -> bool:
         """Whether the run has come to its end, and that was not before `steps`."""
         status = self.read_status()
@@ -77,6 +88,15 @@ class RunDirectory:
         """Replace status.json: `state` is complete, running, preempted or failed."""
         text = json.dumps({"state": state, "why": why, "time": utc_now(), **details}, indent=2)
         write_atomically(self.path / "status.json", text + "\n")
+
+    def read_events(self, event: str) -> list[dict[str, Any]]:
+        """Return what was appended to events.jsonl under a name, oldest first."""
+        try:
+            lines = (self.path / "events.jsonl").read_text().splitlines()
+        except OSError:
+            return []
+        events = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
+        return [each for each in events if each.get("event") == event]
 
     def append_event(self, event: str, **details: Any) -> None:
         """Append one line to events.jsonl."""

@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -39,29 +39,47 @@ from titan.config.load import (
     to_typed,
 )
 from titan.config.schema import ClusterKind, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, Problem, RanksFailed, TitanError
+from titan.errors import INTERRUPTED, ConfigError, Problem, RanksFailed, Stopped, TitanError
 from titan.launch.dispatch import Frozen, freeze
-from titan.launch.environment import current_machine, current_rank
+from titan.launch.environment import adopt_slurm_step, current_machine, current_rank
 from titan.launch.local import launch_local
 from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
 
-_TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM)
+if TYPE_CHECKING:
+    from titan.launch.slurm import SlurmJob
+
+_TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM, Stopped.exit_code)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run that is wanted: all there is to know before anything is started."""
+
+    config: TitanConfig
+    """Checked."""
+    directory: RunDirectory
+    overrides: list[str]
+    """What was typed for it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one run ended."""
+    """How one run ended, or that it was submitted."""
 
     overrides: list[str]
     directory: Path
     exit_code: int
+    job: str = ""
+    """The SLURM job that has it, where nobody waits for its end."""
 
     @property
     def state(self) -> str:
         """What the run says of itself, or that this point was not let into its directory."""
         if self.exit_code == ConfigError.exit_code:
             return "refused"
+        if self.job:
+            return f"job {self.job}"
         return RunDirectory(self.directory).read_status().get("state", "failed")
 
 
@@ -71,6 +89,7 @@ def main() -> None:
     register_schema()
     arguments = parse_arguments()
     try:
+        adopt_slurm_step(is_rank="SUBMITIT_EXECUTOR" in os.environ)
         outcomes = run_command(arguments)
     except TitanError as error:
         _exit_with(error)
@@ -107,37 +126,60 @@ def run_command(arguments: Namespace) -> list[Outcome]:
         TitanError: If the command is wrong.
         SystemExit: After a flag that shows something and starts nothing.
     """
-    outcomes: list[Outcome] = []
-    is_composed = False
-
-    def run(composed: DictConfig) -> float | None:
-        nonlocal is_composed
-        is_composed = True
-        with _hydra_shows_tracebacks(None):
-            try:
-                outcomes.append(run_point(composed, arguments))
-            except TitanError as error:  # Hydra would announce it with a line of its own
-                _exit_with(error)
-        if outcomes[-1].exit_code in _TOLD_TO_STOP:
-            sys.exit(outcomes[-1].exit_code)  # or the next point of a sweep would start
-        return RunDirectory(outcomes[-1].directory).read_status().get("loss")
-
+    command = Command(arguments)
     try:
         if is_sweep(arguments):
             check_points(arguments)
         # Without this, Hydra prints its errors and exits with 1 before they reach us.
         with _hydra_shows_tracebacks("1"):
-            hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name=CONFIG_NAME)(run)()
+            hydra.main(version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name=CONFIG_NAME)(command)()
     except SystemExit as stop:
         # what Hydra refuses by itself is a mistake in the command
-        sys.exit(ConfigError.exit_code if stop.code == 1 and not is_composed else stop.code)
+        sys.exit(ConfigError.exit_code if stop.code == 1 and not command.is_composed else stop.code)
     except (TitanError, BrokenPipeError):
         raise
     except Exception as error:
-        if is_composed:
+        if command.is_composed:
             raise
         raise ConfigError(_explain(error, arguments.overrides, arguments)) from error
-    return outcomes
+    return command.outcomes
+
+
+class Command:
+    """What Hydra calls with what it has composed: once, or for every point of a sweep."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        self.arguments = arguments
+        self.outcomes: list[Outcome] = []
+        self.is_composed = False
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        """Run one point; returns its last loss, which is what Hydra's sweepers look at."""
+        self.is_composed = True
+        with _hydra_shows_tracebacks(None):
+            try:
+                self.outcomes.append(run_point(composed, self.arguments))
+            except TitanError as error:  # Hydra would announce it with a line of its own
+                _exit_with(error)
+        last = self.outcomes[-1]
+        if last.exit_code in _TOLD_TO_STOP or (last.exit_code and "SUBMITIT_EXECUTOR" in os.environ):
+            # Or the next point of a sweep would start; and hydra-submitit-launcher takes anything but an exit for a
+            # success, so that SLURM would too.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.exit(last.exit_code)
+        return _last_loss(last)
+
+    def submit_points(self, points: list[DictConfig]) -> list[float | None]:
+        """Check and submit all points of a sweep; called by titan's own launcher."""
+        self.is_composed = True
+        with _hydra_shows_tracebacks(None):
+            try:
+                wanted = [read_point(composed, self.arguments) for composed in points]
+                self.outcomes += submit_points(wanted)
+            except TitanError as error:
+                _exit_with(error)
+        return [_last_loss(outcome) for outcome in self.outcomes[-len(points) :]]
 
 
 def is_sweep(arguments: Namespace) -> bool:
@@ -175,66 +217,186 @@ def check_points(arguments: Namespace) -> None:
         )
 
 
-def run_point(composed: DictConfig, arguments: Namespace) -> Outcome:
-    """Check, freeze and run one composed config; returns how it ended.
+def read_point(composed: DictConfig, arguments: Namespace) -> Point:
+    """Convert and check one composed config.
 
     Raises:
-        ConfigError: If the config is wrong; nothing was started or changed.
+        ConfigError: If the config is wrong.
     """
-    settings = HydraConfig.get()
+    settings = composed.hydra if "hydra" in composed else HydraConfig.get()
     # not resolved: an override may refer to a key that only the whole config has
     overrides = [str(text) for text in OmegaConf.to_container(settings.overrides.task, resolve=False) or ()]
     try:
         config = to_typed(composed)
     except (ConfigError, *COMPOSITION_ERRORS) as error:
         raise ConfigError(_explain(error, overrides, arguments)) from error
+    if settings.mode is RunMode.MULTIRUN:
+        config = replace(config, run=replace(config.run, dir=settings.runtime.output_dir))
+    config = check_config(config, current_machine())
+    return Point(config, RunDirectory(Path(config.run.dir)), overrides)
+
+
+def run_point(composed: DictConfig, arguments: Namespace) -> Outcome:
+    """Check, freeze and run one composed config; returns how it ended.
+
+    Raises:
+        ConfigError: If the config is wrong; nothing was started or changed.
+    """
+    point = read_point(composed, arguments)
+    settings = HydraConfig.get()
     is_point = settings.mode is RunMode.MULTIRUN
     if is_point:
-        config = replace(config, run=replace(config.run, dir=settings.runtime.output_dir))
-        varied = [text for text in overrides if text not in arguments.overrides]
+        varied = [text for text in point.overrides if text not in arguments.overrides]
         logger.info(f"\n== point {settings.job.num}: {' '.join(varied) or 'nothing varied'}")
-    config = check_config(config, current_machine())
-    directory = RunDirectory(Path(config.run.dir))
     try:
-        code = dispatch(config, directory, overrides)
+        return dispatch(point)
     except ConfigError as error:
         if not is_point:
             raise
         print(error, file=sys.stderr)  # the other points have directories of their own
-        code = error.exit_code
-    return Outcome(overrides, directory.path, code)
+        return Outcome(point.overrides, point.directory.path, error.exit_code)
 
 
-def dispatch(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -> int:
-    """Start the ranks, or be one; returns the exit code."""
+def dispatch(point: Point) -> Outcome:
+    """Start the ranks, or be one, or have SLURM start them; returns how that ended."""
+    config, directory, overrides = point.config, point.directory, point.overrides
+
+    def ended(code: int) -> Outcome:
+        return Outcome(overrides, directory.path, code)
+
     if config.cluster.kind is ClusterKind.simulated:
         from titan import simulate
 
         for line in simulate.describe(config, simulate.simulate(config)):
             logger.info(line)
-        return 0
+        return ended(0)
     from titan import worker
 
     rank = current_rank()
     if rank is not None:  # an outer launcher has started us as a rank
-        return worker.run_started_rank(config, rank, overrides)
+        return ended(worker.run_started_rank(config, rank, overrides))
+    if config.cluster.kind is ClusterKind.slurm:
+        return submit_points([point], is_sweep=False)[0]
     if freeze(config, directory, overrides) is Frozen.complete:
-        logger.info(f"{directory.path}: this run is complete (step {config.training.steps}); nothing to do")
-        return 0
+        logger.info(already_complete(point))
+        return ended(0)
     logger.info(f"run        {short_path(directory.path)}")
     ranks = world_size(config.cluster)
     if ranks == 1:
-        return worker.main([str(directory.config)])
+        return ended(worker.main([str(directory.config)]))
     try:
-        launch_local(directory, ranks)
+        launch_local(directory, ranks, config.cluster.grace_seconds)
     except TitanError as error:
         print(f"\n{error}", file=sys.stderr)
         said = directory.read_status()
         first = error.rank if isinstance(error, RanksFailed) else None
         if said.get("state") == "running" or (first is not None and said.get("rank") != first):
             directory.write_status("failed", why=str(error), rank=first, exit_code=error.exit_code)
-        return error.exit_code
-    return 0
+        return ended(error.exit_code)
+    return ended(0)
+
+
+def submit_points(points: list[Point], is_sweep: bool = True) -> list[Outcome]:
+    """Freeze and submit runs; with `cluster.wait`, stay until they have ended.
+
+    Raises:
+        ConfigError: If nothing was submitted: there is no SLURM here, it refuses, or a directory holds another run.
+    """
+    from titan.launch import slurm
+
+    if any(point.config.cluster.print_script for point in points):
+        for group in slurm.group_by_resources([point.config for point in points]):
+            first = points[group[0]]
+            if len(group) > 1:
+                print(f"# an array of {len(group)} jobs like this one\n")
+            print(slurm.batch_script(first.config, first.directory))
+        return [Outcome(point.overrides, point.directory.path, 0) for point in points]
+    for cluster in {id(point.config.cluster): point.config.cluster for point in points}.values():
+        slurm.check_can_submit(cluster)
+    with _unfrozen_on_failure(points):
+        for point in points:
+            if (job := slurm.live_job(point.directory)) is not None:
+                raise ConfigError(
+                    [
+                        Problem(
+                            f"run.dir = {point.directory.path} belongs to job {job}, which has not ended",
+                            "Two jobs would write to the same files.",
+                            f"scancel {job}   or  run.dir=ANOTHER   for a new run",
+                        )
+                    ]
+                )
+        found = [freeze(point.config, point.directory, point.overrides) for point in points]
+        to_do = [index for index, each in enumerate(found) if each is not Frozen.complete]
+        folder = points[0].directory.path.parent if is_sweep else None
+        jobs = slurm.submit([(points[index].config, points[index].directory) for index in to_do], folder)
+    for index in set(range(len(points))) - set(to_do):
+        logger.info(already_complete(points[index]))
+    job_of = dict(zip(to_do, jobs, strict=True))
+    if not is_sweep:
+        for job in jobs:
+            logger.info(f"run        {short_path(job.directory.path)}")
+            for line in slurm.describe_job(job):
+                logger.info(line)
+    codes = dict.fromkeys(job_of, 0)
+    is_waiting = bool(jobs) and points[0].config.cluster.wait
+    if is_waiting:
+        codes = dict(zip(job_of, wait_for(jobs), strict=True))
+    return [
+        Outcome(
+            point.overrides,
+            point.directory.path,
+            codes.get(index, 0),
+            job="" if is_waiting or index not in job_of else job_of[index].id,
+        )
+        for index, point in enumerate(points)
+    ]
+
+
+def wait_for(jobs: list[SlurmJob]) -> list[int]:
+    """Show how jobs fare until all are over; returns their exit codes.
+
+    One job's log is shown as it is written. Of several, every change of state.
+    """
+    from titan.launch import slurm
+
+    try:
+        for job, event in slurm.watch(jobs):
+            if isinstance(event, str):
+                logger.info(event)
+            else:
+                logger.info(f"job {job.id}: {event.name}" + (f" ({event.reason})" if event.reason else ""))
+    except KeyboardInterrupt:
+        ids = " ".join(job.id for job in jobs)
+        print(f"\nno longer waiting; the job goes on. To end it:  scancel {ids}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    codes = [job.exit_code() for job in jobs]
+    for job, code in zip(jobs, codes, strict=True):
+        status = job.directory.read_status()
+        if code and len(jobs) == 1:
+            why = status.get("why") or f"SLURM says {job.state().name}"
+            rank = status.get("rank")
+            where = f"\n  log: {short_path(job.directory.log(rank, 0))}" if rank is not None else ""
+            print(f"\njob {job.id} ended with exit code {code}: {why}{where}", file=sys.stderr)
+    return codes
+
+
+def already_complete(point: Point) -> str:
+    """Say that there is nothing to do."""
+    return f"{point.directory.path}: this run is complete (step {point.config.training.steps}); nothing to do"
+
+
+@contextlib.contextmanager
+def _unfrozen_on_failure(points: list[Point]) -> Iterator[None]:
+    """Leave run directories as they were, where nothing was submitted."""
+    files = [file for point in points for file in (point.directory.config, point.directory.overrides)]
+    before = {file: file.read_bytes() if file.exists() else None for file in files}
+    try:
+        yield
+    except ConfigError:
+        for file, text in before.items():
+            if file.parent.is_dir() and not RunDirectory(file.parent).read_events("submit"):
+                file.unlink(missing_ok=True) if text is None else file.write_bytes(text)
+        raise
 
 
 def summarise(outcomes: list[Outcome]) -> Iterator[str]:
@@ -269,6 +431,10 @@ def _explain(error: Exception, overrides: list[str], arguments: Namespace) -> li
         current_machine(),
         is_sweep(arguments),
     )
+
+
+def _last_loss(outcome: Outcome) -> float | None:
+    return RunDirectory(outcome.directory).read_status().get("loss")
 
 
 def _last_row(directory: RunDirectory) -> dict[str, Any] | None:

@@ -328,7 +328,7 @@ def _run(config: TitanConfig, steps: int, say: Any, title: str) -> Record:
     before = dict(os.environ)
     os.environ |= {_STEPS_VARIABLE: str(steps), "OMP_NUM_THREADS": "1"}
     try:
-        launch_local(directory, world_size(config.cluster), ("titan.verify", "record"))
+        launch_local(directory, world_size(config.cluster), 0, ("titan.verify", "record"))
     finally:
         os.environ.clear()
         os.environ.update(before)

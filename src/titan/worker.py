@@ -7,6 +7,7 @@ was (`titan.errors`), and the log file says where.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,9 +23,10 @@ from typing import TYPE_CHECKING
 
 from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, PeerLost, TitanError
+from titan.errors import INTERRUPTED, ConfigError, PeerLost, Stopped, TitanError
+from titan.launch import signals
 from titan.launch.dispatch import Frozen, freeze
-from titan.launch.environment import Rank, current_rank, launcher_pid, threads_per_rank
+from titan.launch.environment import Rank, adopt_slurm_step, current_rank, launcher_pid, threads_per_rank
 from titan.log import logger, start_logging, start_rank_log
 from titan.run_directory import RunDirectory
 
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from titan.data.packing import PackedTokens
 
 _LEAVE_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 _LOST_PEER = re.compile(r"Connection (closed|reset) by (remote )?peer|ncclRemoteError|Broken pipe")
 """How gloo, NCCL and the ranks' store speak of a rank that is gone; gloo has no exception of its own for it."""
 
@@ -52,17 +56,20 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     start_logging()
+    signals.hold_warnings()
     _die_with_launcher()
     if len(arguments) != 1:
         print("usage: python -m titan.worker <run.dir>/config.yaml", file=sys.stderr)
         return 2
     try:
         config = load_config(Path(arguments[0]))
+        adopt_slurm_step(is_rank=True)
         rank = current_rank()
     except TitanError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    if rank is None and RunDirectory(Path(config.run.dir)).is_complete(config.training.steps):
+    os.environ |= config.cluster.environment
+    if job is None and RunDirectory(Path(config.run.dir)).is_complete(config.training.steps):
         logger.info(f"{config.run.dir}: this run is complete (step {config.training.steps}); nothing to do")
         return 0
     return run_rank(config, rank or Rank(), job=job, on_console=on_console)
@@ -74,8 +81,10 @@ def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> i
     Every rank has composed a config, with a time of its own in the name of the run directory. Rank 0's is the one:
     it freezes it and hands it to the others. Where it refuses, it says why and the others just end.
     """
-    store = meet(config.cluster.timeout_seconds)
-    key = f"titan/config/{rank.attempt}"
+    signals.hold_warnings()
+    os.environ |= config.cluster.environment
+    store = meet(rank, config.cluster.timeout_seconds)
+    key = "titan/config"
     if rank.rank == 0:
         directory = RunDirectory(Path(config.run.dir))
         try:
@@ -95,11 +104,44 @@ def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> i
     return run_rank(parse_config(text, "the config of rank 0"), rank, store)
 
 
-def meet(timeout_seconds: int) -> Store:
+def meet(rank: Rank, timeout_seconds: int) -> Store:
     """Return the store in which the ranks of the environment's launcher meet."""
     from torch.distributed import rendezvous
 
-    return next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
+    store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
+    can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    return _fresh(store, rank, timeout_seconds) if can_restart else store
+
+
+def _fresh(store: Store, rank: Rank, timeout_seconds: int) -> Store:
+    """Return a part of the store that no earlier attempt has written to.
+
+    After torchrun has restarted its ranks they may find the store of the attempt before, whose addresses lead nowhere.
+    How often each machine's agent has restarted differs, so it cannot name the part. Rank 0 invents a name at every
+    start; the others take the newest that they see, and know that it is not an old one when rank 0 answers what they
+    have just said.
+    """
+    from torch.distributed import PrefixStore
+
+    said = uuid.uuid4().hex
+    if rank.rank == 0:
+        part = PrefixStore(said, store)
+        store.set("titan/newest", said)
+        for other in range(1, rank.world_size):
+            part.set(f"answer/{other}", part.get(f"said/{other}").decode())
+        return part
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        newest = store.get("titan/newest")
+        part = PrefixStore(newest.decode(), store)
+        part.set(f"said/{rank.rank}", said)
+        answer = f"answer/{rank.rank}"
+        while not part.check([answer]) and store.get("titan/newest") == newest:
+            time.sleep(_POLL_SECONDS)
+        if part.check([answer]) and part.get(answer).decode() == said:
+            return part
+        time.sleep(_POLL_SECONDS)
+    raise PeerLost(f"rank 0 did not start within {timeout_seconds} s")
 
 
 def _leave_store(store: Store, key: str, rank: Rank) -> None:
@@ -128,6 +170,8 @@ def run_rank(
         directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
     try:
         loss = (job or train)(config, rank, store)
+    except Stopped as stop:
+        return _report_stop(directory, rank, stop)
     except TitanError as error:
         return _report(directory, rank, error, error.exit_code, str(error))
     except KeyboardInterrupt as error:
@@ -165,7 +209,10 @@ def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float 
     resume(trainer)
     if trainer.state.step and rank.rank == 0:
         trainer.directory.append_event("resume", step=trainer.state.step)
-    loss = fit(trainer)
+    with contextlib.ExitStack() as stack:
+        if launcher_pid() is None:  # titan's own has another word for it, and sends SIGTERM only after a failure
+            stack.enter_context(signals.OrderlyTermination(trainer.directory.read_failure))
+        loss = fit(trainer, signals.warning)
     dist.destroy_process_group()
     return loss
 
@@ -191,7 +238,7 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     if device.type == "cuda" and config.parallelism.cpu_offload:
         backend = "cpu:gloo,cuda:nccl"
     if store is None:
-        store = meet(config.cluster.timeout_seconds) if rank.has_store else dist.HashStore()
+        store = meet(rank, config.cluster.timeout_seconds) if rank.has_store else dist.HashStore()
     dist.init_process_group(
         backend,
         store=store,
@@ -201,6 +248,22 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
         device_id=device if device.type == "cuda" else None,
     )
     return device, packed
+
+
+def _report_stop(directory: RunDirectory, rank: Rank, stop: Stopped) -> int:
+    import torch.distributed as dist
+
+    if rank.rank == 0:
+        logger.info(str(stop))
+        directory.append_event("signal", signal=stop.signal_name, step=stop.step)
+        directory.write_status(
+            "preempted", why=str(stop), step=stop.step, signal=stop.signal_name, is_saved=stop.is_saved
+        )
+        directory.append_event("exit", code=stop.exit_code)
+    # The first rank to leave may take the others with it, so none leaves before all is written.
+    dist.barrier()
+    dist.destroy_process_group()
+    return stop.exit_code
 
 
 def _report(directory: RunDirectory, rank: Rank, error: BaseException, code: int, text: str) -> int:

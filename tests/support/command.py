@@ -75,12 +75,12 @@ class Started(subprocess.Popen[str]):
     mark: str = ""
 
 
-def start(arguments: list[str], folder: Path, environment: dict[str, str]) -> Started:
-    """Start `python ARGUMENTS` in a process group of its own."""
+def start(arguments: list[str], folder: Path, environment: dict[str, str], program: str = sys.executable) -> Started:
+    """Start `python ARGUMENTS`, or another program, in a process group of its own."""
     mark = f"STARTED_AS={uuid.uuid4()}"
     name, _, value = mark.partition("=")
     process = Started(
-        [sys.executable, *arguments],
+        [program, *arguments],
         cwd=folder,
         env=environment | {name: value},
         stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ imports torch and never starts anything. So the same rules hold on a laptop, on 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ from titan.config.degrees import (
     world_size,
 )
 from titan.config.files import find_files
-from titan.config.keys import flatten
+from titan.config.keys import flatten, override
 from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ActivationCheckpointMode,
     CheckpointMode,
+    ClusterConfig,
     ClusterKind,
     ContextMethod,
     DataKind,
@@ -85,6 +87,10 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "training.max_grad_norm": 0,
             "training.gc_interval": 1,
             "cluster.timeout_seconds": 1,
+            "cluster.grace_seconds": 1,
+            "cluster.cpus_per_task": 1,
+            "cluster.max_requeues": 0,
+            "cluster.array_parallelism": 1,
             "cluster.simulated_steps": 0,
             "parallelism.pp_stages_per_rank": 1,
             "parallelism.pp_less_first": 0,
@@ -513,6 +519,105 @@ def check_simulated(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
+ONLY_SLURM = (
+    *("partition", "account", "qos", "reservation", "constraint", "time", "exclusive", "cpus_per_task", "memory"),
+    *("setup", "python", "container_image", "container_mounts", "sbatch", "srun", "wait", "print_script", "inside_job"),
+)
+"""Keys of the cluster that say nothing to any other kind."""
+
+OWN_ARGUMENTS = {
+    **{name: name.replace("-", "_") for name in ("partition", "account", "qos", "reservation", "constraint", "time")},
+    **{name: name.replace("-", "_") for name in ("exclusive", "cpus-per-task", "nodes", "container-image")},
+    "container-mounts": "container_mounts",
+    "mem": "memory",
+    "ntasks-per-node": "devices_per_node",
+    "signal": "grace_seconds",
+    "export": "environment",
+    **dict.fromkeys(("ntasks", "array", "output", "error", "open-mode", "requeue", "no-requeue"), ""),
+    "kill-on-bad-exit": "",
+}
+"""Arguments of sbatch and srun that titan sets, each with the key of the cluster that decides it, if one does."""
+
+_DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+)(?::(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?)?")
+_SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
+
+
+def check_slurm(config: TitanConfig) -> Iterator[Problem]:
+    """What is asked of SLURM can be asked of it, and of nothing else."""
+    cluster, nothing = config.cluster, ClusterConfig()
+    if cluster.kind is not ClusterKind.slurm:
+        for key in ONLY_SLURM:
+            value = getattr(cluster, key)
+            if value != getattr(nothing, key):
+                yield Problem(
+                    f"{override(f'cluster.{key}', value)}, but cluster={cluster.kind.name} asks nothing of SLURM",
+                    suggestion="cluster=slurm",
+                )
+        return
+    if cluster.time is not None:
+        yield from _check_time(cluster.time, cluster.grace_seconds)
+    if cluster.memory is not None and not re.fullmatch(r"\d+[KMGT]?", cluster.memory):
+        yield Problem(
+            f"cluster.memory = {cluster.memory} is not an amount",
+            "A number of MB, or with K, M, G or T behind it.",
+            "cluster.memory=500G   or  cluster.memory=0   for all of a node",
+        )
+    for group in ("sbatch", "srun"):
+        for name in getattr(cluster, group):
+            plain = name.lstrip("-").partition("=")[0].replace("_", "-")
+            if plain in OWN_ARGUMENTS:
+                key = OWN_ARGUMENTS[plain]
+                yield Problem(
+                    f"cluster.{group}.{name} is set, but titan sets --{plain} itself",
+                    suggestion=f"cluster.{key}=..." if key else f"leave cluster.{group}.{name} out",
+                )
+            elif plain != name:
+                yield Problem(
+                    f"cluster.{group}.{name} is no argument's name",
+                    "Names have no dashes in front, and = comes between name and value.",
+                    f"+cluster.{group}.{plain}=...",
+                )
+    if cluster.container_mounts and cluster.container_image is None:
+        yield Problem(
+            "cluster.container_mounts is set, but there is no container to mount into",
+            suggestion="cluster.container_image=...",
+        )
+
+
+def _check_time(text: str, grace_seconds: int) -> Iterator[Problem]:
+    found = _DURATION.fullmatch(text)
+    parts = {name: int(number or 0) for name, number in found.groupdict().items()} if found else {}
+    if found is None or (":" not in text and "-" not in text) or (text.count(":") == 1 and "-" not in text):
+        yield Problem(
+            f"cluster.time = {text} is not a time that can be read in one way only",
+            "SLURM takes 90 for minutes and 1:30 for minutes and seconds; without quotes, YAML takes 1:30:00 for 5400.",
+            "cluster.time=1:30:00   (hours:minutes:seconds)   or  cluster.time=2-00   (days-hours)",
+        )
+        return
+    seconds = ((parts["days"] * 24 + parts["hours"]) * 60 + parts["minutes"]) * 60 + parts["seconds"]
+    if seconds <= grace_seconds:
+        yield Problem(
+            f"cluster.time = {text} leaves no time to train: cluster.grace_seconds = {grace_seconds}",
+            "So long before its end a job is told to save and to make room.",
+            "cluster.time=1:00:00",
+        )
+
+
+def check_environment(config: TitanConfig) -> Iterator[Problem]:
+    """Secrets stay in the environment: the config is written to disk and shown in logs."""
+    for name in config.cluster.environment:
+        if _SECRET.search(name):
+            yield Problem(
+                f"cluster.environment.{name} looks like a secret, and a config is written to disk",
+                "What the shell exports reaches the ranks without being written anywhere.",
+                f"export {name}=...   in the shell, and leave it out here",
+            )
+        elif not re.fullmatch(r"[A-Za-z_]\w*", name):
+            yield Problem(
+                f"cluster.environment.{name} is not the name of a variable", suggestion="+cluster.environment.NAME=..."
+            )
+
+
 def check_profiling(config: TitanConfig) -> Iterator[Problem]:
     """The trace ends before the run does."""
     last = config.profiling.start_step + config.profiling.steps - 1
@@ -561,6 +666,8 @@ RULES: tuple[Rule, ...] = (
     check_async_tensor_parallel,
     check_checkpoint,
     check_profiling,
+    check_slurm,
+    check_environment,
 )
 """Rules that hold for any layout."""
 

@@ -7,6 +7,7 @@ frozen, so that no rank has to decide anything for itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class Machine:
     """World size, where an outer launcher has already started the ranks."""
     started_ranks_per_node: int | None = None
     """Ranks that the outer launcher started on this machine."""
+    slurm_gpus: Callable[[str | None], int | None] = lambda partition: None
+    """Returns the GPUs of each node in a partition of the SLURM cluster, or None where that cannot be told."""
     cache_dir: str = "~/.cache/titan"
     """Where this user keeps what can be made again."""
 
@@ -148,17 +151,19 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
 def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterConfig, list[Problem]]:
     """Settle the device, the number of machines and the ranks of each."""
     problems = []
+    is_real = cluster.kind is not ClusterKind.simulated
+    is_started = is_real and machine.started_ranks is not None
+    # Submitted ranks run on other machines. What is only built is built as for the GPUs of the cluster it stands for.
+    is_elsewhere = cluster.kind is ClusterKind.slurm and not is_started
+    is_elsewhere |= not is_real and not cluster.simulated_steps
     device = cluster.device
-    # What is only built is built as for the GPUs of the cluster that is simulated.
-    is_absent = cluster.kind is ClusterKind.simulated and not cluster.simulated_steps
     if device is Device.auto:
-        device = Device.cuda if machine.gpus or is_absent else Device.cpu
-    if device is Device.cuda and not machine.gpus and not is_absent:
+        device = Device.cuda if machine.gpus or is_elsewhere else Device.cpu
+    if device is Device.cuda and not machine.gpus and not is_elsewhere:
         problems.append(
             Problem("cluster.device = cuda, but this machine shows no GPU", suggestion="cluster.device=cpu")
         )
     nodes, per_node = cluster.nodes, cluster.devices_per_node
-    is_real = cluster.kind is not ClusterKind.simulated
     if is_real and machine.started_ranks is not None and machine.started_ranks_per_node is not None:
         found_nodes, uneven = divmod(machine.started_ranks, machine.started_ranks_per_node)
         if uneven:
@@ -189,12 +194,13 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
             problems.append(
                 Problem(
                     f"cluster.nodes = {nodes}, but cluster=local is this machine alone",
-                    "For several machines, start torchrun on each with this command behind it.",
-                    f"cluster.nodes=1 cluster.devices_per_node={max(nodes, 1) * (per_node or 1)}",
+                    "For several machines, submit to SLURM, or start torchrun on each with this command behind it.",
+                    f"cluster=slurm   or  cluster.nodes=1 cluster.devices_per_node={max(nodes, 1) * (per_node or 1)}",
                 )
             )
         if per_node is None:
-            per_node = max(machine.gpus, 1) if device is Device.cuda else 1
+            per_node, unknown = _devices_of_node(cluster, device, machine)
+            problems += unknown
     if per_node < 1 or nodes < 1:
         key, value = ("devices_per_node", per_node) if per_node < 1 else ("nodes", nodes)
         problems.append(Problem(f"cluster.{key} = {value} is not positive", suggestion=f"cluster.{key}=1"))
@@ -206,6 +212,24 @@ def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterCo
             )
         )
     return replace(cluster, device=device, nodes=nodes, devices_per_node=per_node), problems
+
+
+def _devices_of_node(cluster: ClusterConfig, device: Device, machine: Machine) -> tuple[int, list[Problem]]:
+    """Return how many ranks fill a node, where the user has not said it."""
+    if device is Device.cpu:
+        return 1, []
+    if cluster.kind is not ClusterKind.slurm:
+        return max(machine.gpus, 1), []
+    found = machine.slurm_gpus(cluster.partition)
+    if found:
+        return found, []
+    where = f"partition {cluster.partition}" if cluster.partition else "the default partition"
+    problem = Problem(
+        "cluster.devices_per_node is not set",
+        f"SLURM does not say how many GPUs every node of {where} has (sinfo -o %G).",
+        "cluster.devices_per_node=8   or  cluster.device=cpu",
+    )
+    return 1, [problem]
 
 
 def resolve_degrees(parallelism: ParallelismConfig, cluster: ClusterConfig) -> tuple[ParallelismConfig, list[Problem]]:

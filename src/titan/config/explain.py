@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException, SearchPathExcep
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from titan.config.keys import schema_keys, unknown_key, wrong_value
+from titan.config.keys import is_known, schema_keys, table_of, unknown_key, wrong_value
 from titan.errors import ConfigError, Problem
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -92,12 +92,14 @@ def check_override(text: str, groups: Groups) -> Iterator[Problem]:
     elif key.split(".")[0].split("/")[0] == "hydra" and key not in groups:
         return  # Hydra's own schema holds it
     elif override.is_sweep_override():
-        if key not in groups and key not in schema_keys():
+        if key not in groups and not is_known(key):
             yield _unknown(override, groups)
     elif key in groups:
         yield from _check_choice(override, groups)
-    elif key not in schema_keys():
+    elif not is_known(key):
         yield _unknown(override, groups)
+    elif key not in schema_keys():
+        return  # an entry of a table: any name, and any value that is no list
     elif override.is_delete():
         known = schema_keys()[key]
         yield Problem(
@@ -230,6 +232,9 @@ def _explain_refused(text: str, error: Exception) -> Problem:
         return Problem(what, "Several values are a sweep, one run for each.", f"--multirun {plain}{other}")
     if text != plain and ("already" in str(error) or "Multiple values" in str(error)):
         return Problem(f"{text} adds what is there already", "A + is for what the config does not have.", plain)
+    if text == plain and (table := table_of(key)) is not None:
+        entry = key.rpartition(".")[2]
+        return Problem(f"{text}, but {table.name} has no {entry} yet", "A new entry has a + before it.", f"+{text}")
     if key.startswith("hydra"):
         return Problem(f"{text} is refused by Hydra", gist(error), "--cfg hydra   for Hydra's own keys")
     if meant := re.search(r"Did you mean to override (\S+?)\?", str(error)):

@@ -33,6 +33,11 @@ class Key:
         return dataclasses.is_dataclass(self.type)
 
     @property
+    def is_table(self) -> bool:
+        """Whether it holds entries under names of the user's choice."""
+        return typing.get_origin(self.type) is dict
+
+    @property
     def is_required(self) -> bool:
         """Whether it has no default."""
         field = next(field for field in dataclasses.fields(self.parent) if field.name == self.name.rpartition(".")[2])
@@ -43,6 +48,18 @@ class Key:
 def schema_keys() -> dict[str, Key]:
     """Return every node and leaf of the schema by its dotted key, in the schema's order."""
     return {key.name: key for key in _walk(TitanConfig, "")}
+
+
+def table_of(name: str) -> Key | None:
+    """Return the table that a dotted name is an entry of, if it is one."""
+    parent, _, entry = name.rpartition(".")
+    key = schema_keys().get(parent)
+    return key if key is not None and key.is_table and entry else None
+
+
+def is_known(name: str) -> bool:
+    """Whether a dotted name is a key of the schema, or an entry of one of its tables."""
+    return name in schema_keys() or table_of(name) is not None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -104,6 +121,7 @@ _WANTED = {
     bool: ("true or false", "true"),
     str: ("text", "text"),
     list: ("a list", "[a,b]"),
+    dict: ("a table", "{name:value}"),
 }
 
 
@@ -127,4 +145,6 @@ def _typed(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list):
         return f"[{','.join(map(_typed, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{_typed(entry)}' for name, entry in value.items())}}}"
     return str(value)

@@ -31,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.explain import COMPOSITION_ERRORS, Groups, explain_mistakes, gist
-from titan.config.keys import schema_keys, unknown_key
+from titan.config.keys import is_known, unknown_key
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem, TitanError
 from titan.run_directory import write_atomically
@@ -143,7 +143,7 @@ def to_typed(composed: DictConfig) -> TitanConfig:
     container = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(container, dict)
     container.pop("hydra", None)
-    unknown = [unknown_key(key, str(value)) for key, value in _leaves(container) if key not in schema_keys()]
+    unknown = [unknown_key(key, str(value)) for key, value in _leaves(container) if not is_known(key)]
     if unknown:
         raise ConfigError(unknown)
     strict = OmegaConf.merge(OmegaConf.structured(TitanConfig), container)

@@ -33,6 +33,7 @@ class ClusterKind(Enum):
     """What starts the ranks."""
 
     local = "local"
+    slurm = "slurm"
     simulated = "simulated"
 
 
@@ -255,6 +256,50 @@ class ClusterConfig:
     """cpu, cuda, or auto: cuda where there is one."""
     timeout_seconds: int = 600
     """Longest wait for another rank in one collective, in seconds."""
+    grace_seconds: int = 120
+    """Seconds that ranks have for the step in hand and its checkpoint, between being told to stop and their end."""
+    partition: str | None = None
+    """With cluster=slurm: the partition; null is the site's default."""
+    account: str | None = None
+    """With cluster=slurm: the account that pays."""
+    qos: str | None = None
+    """With cluster=slurm: the quality of service."""
+    reservation: str | None = None
+    """With cluster=slurm: a reservation to run in."""
+    constraint: str | None = None
+    """With cluster=slurm: features that nodes must have."""
+    time: str | None = None
+    """With cluster=slurm: the limit of one start as hours:minutes:seconds or days-hours; null is the partition's."""
+    exclusive: bool = False
+    """With cluster=slurm: let no other job onto the nodes."""
+    cpus_per_task: int | None = None
+    """With cluster=slurm: CPU cores of each rank."""
+    memory: str | None = None
+    """With cluster=slurm: memory of each node such as 500G; 0 is all of it, null the site's default."""
+    setup: list[str] = field(default_factory=list)
+    """With cluster=slurm: shell commands of the batch script before the ranks start; the script ends if one fails."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables for the ranks, such as NCCL_DEBUG. Not for secrets: what the shell exports is passed through anyway."""
+    python: str | None = None
+    """With cluster=slurm: the Python of the nodes, in a container for instance; null is this one."""
+    container_image: str | None = None
+    """With cluster=slurm: an image for the ranks to run in, through the pyxis plugin."""
+    container_mounts: list[str] = field(default_factory=list)
+    """With a container: folders to mount as /outside:/inside; the run's own folder and the cache are there anyway."""
+    sbatch: dict[str, str] = field(default_factory=dict)
+    """With cluster=slurm: more arguments of sbatch, such as {mail-type: END}; an empty text for a bare flag."""
+    srun: dict[str, str] = field(default_factory=dict)
+    """With cluster=slurm: more arguments of srun, which starts the ranks."""
+    max_requeues: int = 50
+    """With cluster=slurm: how often a job that was stopped in order is put back into the queue to go on."""
+    array_parallelism: int = 256
+    """With cluster=slurm and a sweep: how many points of one array run at once."""
+    wait: bool = False
+    """With cluster=slurm: stay, show the log of rank 0, and end with the job's exit code."""
+    print_script: bool = False
+    """With cluster=slurm: show the batch script, and submit nothing."""
+    inside_job: bool = False
+    """With cluster=slurm: submit even where this shell is inside a job itself."""
     simulated_rank: int = 0
     """With cluster=simulated: the rank to build."""
     simulated_steps: int = 0

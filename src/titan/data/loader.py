@@ -6,6 +6,7 @@ it has, and the sampler here is a plain function of the step, so there is no sta
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -115,7 +116,16 @@ def build_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=False,
+        worker_init_fn=_leave_stopping_to_the_rank,
     )
+
+
+def _leave_stopping_to_the_rank(worker: int) -> None:
+    """Let a worker outlive the SIGTERM that schedulers send to all processes: its rank still needs batches to stop.
+
+    It ends when its rank says so, or has ended.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(rows: list[tuple[np.ndarray, ...]]) -> Batch:

@@ -1,13 +1,16 @@
 """Who am I? The only place that reads the environment variables of launchers and of devices.
 
 torchrun, titan's own local launcher, Kubernetes' training operators and submitit all describe a rank with the same
-few variables. RANK decides whether this process *is* a rank; SLURM's variables do not, because they are also set in
-the shell of an interactive allocation.
+few variables. RANK decides whether this process *is* a rank. SLURM's variables are translated into those, and only
+where srun has started several tasks: most of them are also set in the shell of an interactive allocation.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +31,7 @@ class Rank:
     local_world_size: int = 1
     """Ranks on this machine."""
     attempt: int = 0
-    """How often the launcher has restarted the ranks."""
+    """How often the launcher has restarted the ranks, or SLURM the job."""
     has_store: bool = False
     """Whether a launcher has named a place where the ranks meet (MASTER_ADDR)."""
 
@@ -57,7 +60,7 @@ def current_rank() -> Rank | None:
         local_rank=_number("LOCAL_RANK", 0),
         world_size=_number("WORLD_SIZE", 1),
         local_world_size=_number("LOCAL_WORLD_SIZE", 1),
-        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
+        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0) + _number("SLURM_RESTART_COUNT", 0),
         has_store=True,
     )
     if not (rank.rank < rank.world_size and rank.local_rank < rank.local_world_size <= rank.world_size):
@@ -74,6 +77,67 @@ def current_rank() -> Rank | None:
     return rank
 
 
+def adopt_slurm_step(is_rank: bool = False) -> None:
+    """Where srun has started this process as one of several tasks, describe it as torchrun would.
+
+    Args:
+        is_rank: Whether it is known to be a rank, even where it is the only task.
+    """
+    step = os.environ.get
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or "SLURM_PROCID" not in os.environ:
+        return
+    tasks = _number("SLURM_STEP_NUM_TASKS", 1)
+    if tasks == 1 and not is_rank:
+        return  # a shell that srun --pty has opened, and what is typed in it
+    counts = expand_counts(step("SLURM_STEP_TASKS_PER_NODE", "1"))
+    nodes = step("SLURM_STEP_NODELIST") or step("SLURM_JOB_NODELIST") or "localhost"
+    job = int(re.sub(r"\D", "", step("SLURM_JOB_ID", "0")) or 0)
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": step("SLURM_LOCALID", "0"),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(counts[min(_number("SLURM_NODEID", 0), len(counts) - 1)]),
+        "MASTER_ADDR": step("MASTER_ADDR", first_host(nodes)),
+        # The same on every rank without asking, another one for every step and for jobs that share a node, and
+        # below the ports that Linux gives to outgoing connections.
+        "MASTER_PORT": step("MASTER_PORT", str(15000 + (job * 7 + _number("SLURM_STEP_ID", 0)) % 15000)),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of a list as SLURM writes it: rack[3-5,9]-n[01-16],login gives rack3-n01."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    return re.sub(r"\[([^\]\-,]*)[^\]]*\]", r"\1", first.group() if first else nodes)
+
+
+def expand_counts(text: str) -> list[int]:
+    """Return SLURM's counts of each node, 2(x3),1, as [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(times or 1)
+    return counts
+
+
+def slurm_gpus(partition: str | None) -> int | None:
+    """Return the GPUs that each node of a partition has; None where SLURM does not say, or they differ."""
+    if shutil.which("sinfo") is None:
+        return None
+    command = ["sinfo", "--noheader", "--Node", "--format=%G %P"]
+    command += [f"--partition={partition}"] if partition else []
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # gpu:4, gpu:h100:8(S:0-1), or several with commas between; * marks the partition that is the default
+    lines = [line.split() for line in listed.splitlines()]
+    found = {
+        sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", resources))
+        for resources, name in lines
+        if partition or name.endswith("*")
+    }
+    return found.pop() if len(found) == 1 else None
+
+
 def current_machine() -> Machine:
     """Return what there is to run on, without importing torch."""
     rank = current_rank()
@@ -82,6 +146,7 @@ def current_machine() -> Machine:
         gpus=count_gpus(),
         started_ranks=rank.world_size if rank else None,
         started_ranks_per_node=rank.local_world_size if rank else None,
+        slurm_gpus=slurm_gpus,
         cache_dir=f"{cache}/titan",
     )
 
@@ -107,6 +172,8 @@ def threads_per_rank(ranks: int) -> int:
     OpenMP takes a list too, one number a nesting level, and ignores what it cannot read.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if not wanted.isdigit() and "SLURM_STEP_ID" in os.environ:
+        wanted = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return max(1, int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // ranks)
 
 

@@ -15,8 +15,9 @@ import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from titan.errors import PeerLost, RanksFailed, TitanError
+from titan.errors import PeerLost, RanksFailed, Stopped, TitanError
 from titan.launch.environment import threads_per_rank
+from titan.launch.signals import Forwarder
 from titan.run_directory import RunDirectory, short_path
 
 if TYPE_CHECKING:
@@ -31,17 +32,21 @@ class Interrupted(TitanError):
         self.exit_code = 128 + number
 
 
-def launch_local(directory: RunDirectory, ranks: int, command: Sequence[str] = ("titan.worker",)) -> None:
+def launch_local(
+    directory: RunDirectory, ranks: int, grace_seconds: float, command: Sequence[str] = ("titan.worker",)
+) -> None:
     """Start ranks and wait for them.
 
     Args:
         directory: The run's; its config must be frozen.
         ranks: How many.
+        grace_seconds: How long the ranks may take to save and end, once this process is told to stop.
         command: The module that each rank runs, and its arguments before the path of the config.
 
     Raises:
         RanksFailed: If a rank failed; names the first that did, and carries its exit code.
-        Interrupted: If this process was told to stop.
+        Stopped: If this process was told to stop, and the ranks have saved and ended.
+        Interrupted: If it was told to stop at once (Ctrl-C), or the ranks did not end within the grace.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -59,23 +64,30 @@ def launch_local(directory: RunDirectory, ranks: int, command: Sequence[str] = (
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=notes.name),
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # the others are the forwarder's
     )
     before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     os.environ["TITAN_LAUNCHER_PID"] = str(os.getpid())
+    forwarder = Forwarder(grace_seconds)
     try:
-        elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
+        with forwarder:
+            elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
     except ChildFailedError as error:
-        raise _explain(error, directory) from None
+        raise _explain(error, directory, forwarder.told) from None
     except SignalException as error:
-        raise Interrupted(int(error.sigval)) from None
+        raise Interrupted(forwarder.told or int(error.sigval)) from None
     finally:
         os.environ.clear()
         os.environ.update(before)
         notes.cleanup()
 
 
-def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
+def _explain(error: ChildFailedError, directory: RunDirectory, told: int) -> RanksFailed | Stopped:
+    status = directory.read_status()
+    if status.get("state") == "preempted":
+        name = signal.Signals(told).name if told else status.get("signal", "a signal to a rank")
+        return Stopped(name, status["step"], status["is_saved"])
     rank, failure = min(error.failures.items(), key=lambda item: _precedence(item[1]))
     message = _exception_of(failure)
     if not message:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 
 from titan.config.degrees import accumulation_steps
 from titan.data.loader import Batch, build_loader
+from titan.errors import Stopped
 from titan.log import logger
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.metrics.meter import Meter, bits_per_byte
@@ -23,11 +25,18 @@ from titan.trainer.profile import Profile
 from titan.trainer.step import StepResult, train_step
 
 
-def fit(trainer: Trainer) -> float | None:
+def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | None:
     """Train from where the state stands to the last step.
+
+    Args:
+        trainer: Built, and resumed where there is something to resume.
+        warning: Returns the signal that has told this rank to stop, or 0. One rank's is enough for all.
 
     Returns:
         The loss of the last step, or None where there was nothing left to do.
+
+    Raises:
+        Stopped: After a warning, on every rank after the same step, once that is saved.
     """
     config, state = trainer.config, trainer.state
     steps = config.training.steps
@@ -53,7 +62,10 @@ def fit(trainer: Trainer) -> float | None:
                 console.step()
             if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
                 write_metrics(trainer, meter, result, learning_rate, sinks)
-            save_if_due(trainer, meter)
+            told = warning_of_any_rank(trainer, warning) if state.step < steps else 0
+            save_if_due(trainer, meter, is_last=told > 0)
+            if told:
+                raise Stopped(signal.Signals(told).name, state.step, trainer.store is not None)
             profile.step()
             collector.step(state.step)
     if is_writer and result is not None:
@@ -128,10 +140,20 @@ def write_metrics(
         sink.write(row)
 
 
-def save_if_due(trainer: Trainer, meter: Meter) -> None:
-    """Save a checkpoint at every interval and at the end."""
+def warning_of_any_rank(trainer: Trainer, warning: Callable[[], int]) -> int:
+    """Return the same signal on every rank, or 0; one rank may have been told before, or instead of, the others."""
+    if dist.get_world_size() == 1:
+        return warning()
+    told = torch.tensor(warning(), device=trainer.device)
+    dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    return int(told.item())
+
+
+def save_if_due(trainer: Trainer, meter: Meter, is_last: bool = False) -> None:
+    """Save a checkpoint at every interval, at the end, and before the run is stopped."""
     config, step = trainer.config, trainer.state.step
-    if trainer.store is None or (step % config.checkpoint.interval and step != config.training.steps):
+    is_last |= step == config.training.steps
+    if trainer.store is None or (step % config.checkpoint.interval and not is_last):
         return
     start = time.perf_counter()
     path = trainer.store.save(step, trainer.parameters, trainer.optimizer, {"tokens": trainer.state.tokens})

@@ -31,6 +31,13 @@ class _Plant:
 def _wrap(train_step):
     fault, rank, at = os.environ["PLANTED_FAULT"].split(":")
     done = 0
+    if fault == "slow":  # every step of every rank
+
+        def slow(*given):
+            time.sleep(float(at))
+            return train_step(*given)
+
+        return slow
 
     def faulty(batches, forward_backward, *rest):
         nonlocal done
@@ -40,6 +47,9 @@ def _wrap(train_step):
                 raise RuntimeError("a planted error")
             if fault == "kill":
                 os.kill(os.getpid(), 9)
+            if fault == "kill_once" and not os.environ.get("SLURM_RESTART_COUNT", "").strip("0"):
+                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                    os.kill(os.getpid(), 9)
             if fault == "sleep":
                 time.sleep(600)
             if fault == "scale":  # gradients a little too large

@@ -1,0 +1,58 @@
+"""The launcher of sweeps on SLURM: composes every point here, and gives them all to titan to check and submit.
+
+Hydra executes this module at every start to look for plugins, so it imports nothing that takes time. It must not
+have `from __future__ import annotations`: Hydra looks at the dataclass before the module is registered.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+
+@dataclass
+class TitanSlurmLauncherConf:
+    """Nothing to set: what a job asks for is in titan's own group, cluster."""
+
+    _target_: str = "hydra_plugins.titan_slurm_launcher.launcher.TitanSlurmLauncher"
+
+
+class TitanSlurmLauncher(Launcher):
+    """Points of a sweep as SLURM job arrays."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take over what Hydra has."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Compose all points, have them submitted, and return the last loss of each where titan waits for it."""
+        submit_points: Any = getattr(self.task_function, "submit_points", None)
+        if submit_points is None:
+            raise HydraException("hydra/launcher=titan_slurm starts titan.train and nothing else")
+        points = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(composed):
+                composed.hydra.job.id = composed.hydra.job.num = number
+                folder = Path(str(composed.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)
+                composed.hydra.runtime.output_dir = str(folder.absolute())
+            points.append(composed)
+        losses = submit_points(points)
+        returns = []
+        for overrides, composed, loss in zip(job_overrides, points, losses, strict=True):
+            returns.append(
+                JobReturn(overrides=list(overrides), cfg=composed, status=JobStatus.COMPLETED, _return_value=loss)
+            )
+        return returns
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="titan_slurm", node=TitanSlurmLauncherConf, provider="titan_slurm_launcher"
+)
