@@ -8,7 +8,7 @@
 #   DEVICES_PER_NODE  ranks of each machine (default: as many as it has GPUs)
 #   PORT              on HEAD (default: 29500)
 set -euo pipefail
-exec python -m torch.distributed.run \
+exec python -m titan.launch.torchrun \
     --nnodes "${NODES:-1}" \
     --nproc-per-node "${DEVICES_PER_NODE:-gpu}" \
     --rdzv-backend c10d \

@@ -89,7 +89,7 @@ def main() -> None:
     register_schema()
     arguments = parse_arguments()
     try:
-        adopt_slurm_step(is_rank="SUBMITIT_EXECUTOR" in os.environ)
+        adopt_slurm_step()
         outcomes = run_command(arguments)
     except TitanError as error:
         _exit_with(error)
@@ -102,8 +102,7 @@ def main() -> None:
     if len(outcomes) > 1:
         for line in summarise(outcomes):
             logger.info(line)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     code = next((outcome.exit_code for outcome in outcomes if outcome.exit_code), 0)
     ranks = sys.modules.get("torch.distributed")
     if code and ranks is not None and ranks.is_initialized():
@@ -139,6 +138,8 @@ def run_command(arguments: Namespace) -> list[Outcome]:
     except (TitanError, BrokenPipeError):
         raise
     except Exception as error:
+        if type(error).__module__.startswith("submitit."):  # a job of hydra-submitit-launcher's has failed
+            raise TitanError(str(error)) from error
         if command.is_composed:
             raise
         raise ConfigError(_explain(error, arguments.overrides, arguments)) from error
@@ -156,18 +157,26 @@ class Command:
     def __call__(self, composed: DictConfig) -> float | None:
         """Run one point; returns its last loss, which is what Hydra's sweepers look at."""
         self.is_composed = True
+        is_task = "SUBMITIT_EXECUTOR" in os.environ  # of hydra-submitit-launcher's, where `main` has not run
+        requeue = signal.getsignal(signal.SIGUSR2)
+        if is_task:
+            start_logging()
+            adopt_slurm_step(is_rank=True)
         with _hydra_shows_tracebacks(None):
             try:
                 self.outcomes.append(run_point(composed, self.arguments))
             except TitanError as error:  # Hydra would announce it with a line of its own
                 _exit_with(error)
         last = self.outcomes[-1]
-        if last.exit_code in _TOLD_TO_STOP or (last.exit_code and "SUBMITIT_EXECUTOR" in os.environ):
-            # Or the next point of a sweep would start; and hydra-submitit-launcher takes anything but an exit for a
-            # success, so that SLURM would too.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            sys.exit(last.exit_code)
+        if is_task and last.exit_code:
+            rank = current_rank()
+            if last.exit_code == Stopped.exit_code and callable(requeue) and (rank is None or rank.rank == 0):
+                requeue(signal.SIGUSR2, None)  # submitit's own way to put the job back
+            # It takes anything but an exit for a success, and SLURM would too.
+            _flush()
+            os._exit(last.exit_code)
+        if last.exit_code in _TOLD_TO_STOP:
+            sys.exit(last.exit_code)  # or the next point of a sweep would start
         return _last_loss(last)
 
     def submit_points(self, points: list[DictConfig]) -> list[float | None]:
@@ -176,6 +185,17 @@ class Command:
         with _hydra_shows_tracebacks(None):
             try:
                 wanted = [read_point(composed, self.arguments) for composed in points]
+                sweeper = str(points[0].hydra.sweeper._target_).rpartition(".")[2]
+                if sweeper != "BasicSweeper" and not wanted[0].config.cluster.wait:
+                    raise ConfigError(
+                        [
+                            Problem(
+                                f"{sweeper} chooses points by the losses of others, but nobody waits for those",
+                                "cluster=slurm submits and returns.",
+                                "cluster.wait=true",
+                            )
+                        ]
+                    )
                 self.outcomes += submit_points(wanted)
             except TitanError as error:
                 _exit_with(error)
@@ -304,15 +324,15 @@ def submit_points(points: list[Point], is_sweep: bool = True) -> list[Outcome]:
     """
     from titan.launch import slurm
 
-    if any(point.config.cluster.print_script for point in points):
+    cluster = points[0].config.cluster
+    if cluster.print_script:
         for group in slurm.group_by_resources([point.config for point in points]):
             first = points[group[0]]
             if len(group) > 1:
                 print(f"# an array of {len(group)} jobs like this one\n")
             print(slurm.batch_script(first.config, first.directory))
         return [Outcome(point.overrides, point.directory.path, 0) for point in points]
-    for cluster in {id(point.config.cluster): point.config.cluster for point in points}.values():
-        slurm.check_can_submit(cluster)
+    slurm.check_can_submit(cluster)
     with _unfrozen_on_failure(points):
         for point in points:
             if (job := slurm.live_job(point.directory)) is not None:
@@ -338,7 +358,7 @@ def submit_points(points: list[Point], is_sweep: bool = True) -> list[Outcome]:
             for line in slurm.describe_job(job):
                 logger.info(line)
     codes = dict.fromkeys(job_of, 0)
-    is_waiting = bool(jobs) and points[0].config.cluster.wait
+    is_waiting = bool(jobs) and cluster.wait
     if is_waiting:
         codes = dict(zip(job_of, wait_for(jobs), strict=True))
     return [
@@ -455,6 +475,11 @@ def _hydra_shows_tracebacks(value: str | None) -> Iterator[None]:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
 
 
 def _exit_with(error: TitanError) -> NoReturn:

@@ -181,7 +181,7 @@ def test_bad_data_ends_the_run_with_its_file_and_line(titan_process: Command, he
     ("number", "whole_group", "code"),
     [
         (signal.SIGINT, True, 130),
-        (signal.SIGTERM, False, 143),
+        (signal.SIGTERM, False, 75),
         (signal.SIGKILL, False, -9),
     ],
     ids=["Ctrl-C", "SIGTERM to the launcher", "SIGKILL to the launcher"],

@@ -38,7 +38,7 @@ def slurm(cache: Path) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def job(text_file: Path) -> tuple[str, ...]:
-    """A small run of two ranks for a cluster without GPUs; run.dir and how the ranks are started are still to be said."""
+    """A small run for a cluster without GPUs; run.dir and how its ranks are started are still to be said."""
     return (
         *TINY_MODEL,
         *("training.seq_len=32", "training.local_batch_size=2", "data=text", f"data.path={text_file}"),

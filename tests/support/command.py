@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,6 +133,13 @@ def processes_with(marker: str) -> dict[int, str]:
             except OSError:
                 continue
     return found
+
+
+def free_port() -> str:
+    """Return a port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def files_below(folder: Path) -> dict[str, float]:

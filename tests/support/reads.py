@@ -73,6 +73,8 @@ class _Reader(ast.NodeVisitor):
             return self.names.get(value.id)
         if isinstance(value, ast.Attribute):
             return self._class_in(self.classes.get(self._class_of(value.value) or "", {}).get(value.attr, ""))
+        if isinstance(value, ast.Subscript):  # one of a list, whose annotation names its class
+            return self._class_of(value.value)
         if isinstance(value, ast.Call) and ast.unparse(value.func) == "replace" and value.args:
             return self._class_of(value.args[0])
         return None

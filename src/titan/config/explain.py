@@ -200,7 +200,7 @@ def _explain_error(error: Exception, overrides: list[str], groups: Groups) -> tu
         to_set = _key(culprit) if culprit else key
         return Problem(f"{culprit or key} refers to something that is not there", gist(error), f"{to_set}=..."), culprit
     for text in overrides:
-        node = _closed_node(_key(text))
+        node = _closed_node(_key(text)) or (key if _key(text) == key and key.startswith("hydra.") else None)
         if node and not isinstance(error, COMPOSITION_ERRORS):  # OmegaConf has no error of its own for this
             return Problem(
                 f"{text} sets a key below {node}, which is null here",
@@ -210,7 +210,7 @@ def _explain_error(error: Exception, overrides: list[str], groups: Groups) -> tu
     if not isinstance(error, COMPOSITION_ERRORS):
         raise error
     culprit = next(
-        (text for text in overrides if re.search(rf"(?<![\w.]){re.escape(_key(text))}(?!\w)", message)), None
+        (text for text in overrides if re.search(rf"(?<![\w.]){re.escape(_key(text))}(?!\w|\.\w)", message)), None
     )
     if culprit is None:
         return Problem(gist(error), suggestion="--hydra-help   for Hydra's flags, --help for groups and keys"), None

@@ -132,20 +132,20 @@ class Forwarder:
             if not self.told:
                 continue
             if round(waited / _POLL_SECONDS) % round(1 / _POLL_SECONDS) == 0:
-                for child in _children():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child, signal.SIGUSR1)
+                tell_children(signal.SIGUSR1)
             waited += _POLL_SECONDS
             if waited > self.grace_seconds:
                 os.kill(os.getpid(), signal.SIGQUIT)
                 return
 
 
-def _children() -> list[int]:
-    found: list[int] = []
+def tell_children(number: signal.Signals) -> int:
+    """Send a signal to every child of this process; returns how many there were."""
+    told = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/stat") as file:
             parent = file.read().rpartition(")")[2].split()[1]  # the name before it may hold anything
             if int(parent) == os.getpid():
-                found.append(int(name))
-    return found
+                os.kill(int(name), number)
+                told += 1
+    return told

@@ -31,6 +31,8 @@ class _Plant:
 def _wrap(train_step):
     fault, rank, at = os.environ["PLANTED_FAULT"].split(":")
     done = 0
+    if fault == "environment":  # how long the values of some variables are: of a secret, more would be told
+        print(*(f"{name} {len(os.environ.get(name, ''))}" for name in rank.split(",")), flush=True)
     if fault == "slow":  # every step of every rank
 
         def slow(*given):
@@ -47,9 +49,8 @@ def _wrap(train_step):
                 raise RuntimeError("a planted error")
             if fault == "kill":
                 os.kill(os.getpid(), 9)
-            if fault == "kill_once" and not os.environ.get("SLURM_RESTART_COUNT", "").strip("0"):
-                if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                    os.kill(os.getpid(), 9)
+            if fault == "kill_once" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), 9)
             if fault == "sleep":
                 time.sleep(600)
             if fault == "scale":  # gradients a little too large

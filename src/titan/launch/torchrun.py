@@ -1,0 +1,68 @@
+"""torchrun, with titan's exit code and with time to save.
+
+    python -m titan.launch.torchrun [torchrun's flags] -m titan.train [overrides]
+
+Two things that torchrun does to what supervises it (Kubernetes, SkyPilot), and that cost a run:
+
+- It exits with 1 whatever its ranks exit with, so that "the config is wrong" (2) is tried again and again and
+  "requeue me" (75) counts as a crash.
+- On SIGTERM it kills the ranks after 30 s, and exits with 1. Here SIGTERM goes to the ranks, which save and exit with
+  75; the limit is the supervisor's own grace period.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Collection
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.run import main as torchrun
+
+from titan.errors import Stopped
+from titan.launch.signals import tell_children
+
+
+def pass_on(signals: int) -> None:
+    """Send every SIGTERM to the ranks; where none has started yet, there is nothing to save."""
+    while number := os.read(signals, 1)[0]:
+        if number != signal.SIGTERM:
+            continue
+        if not tell_children(signal.SIGTERM):
+            os._exit(Stopped.exit_code)
+
+
+def exit_code(failures: Collection[ProcessFailure]) -> int:
+    """Return what the first failed rank exited with; of several in one second, not the 1 of those that lost a peer.
+
+    Torchrun ends the others by SIGTERM. So 75 is what the ranks agreed on only where no rank ended in another way.
+    """
+    own = [failure for failure in failures if failure.exitcode not in (Stopped.exit_code, -signal.SIGTERM)]
+    if not own:
+        return Stopped.exit_code
+    code = min(own, key=lambda failure: (failure.exitcode < 0, failure.timestamp, failure.exitcode == 1)).exitcode
+    return code if code > 0 else 128 - code
+
+
+def main() -> int:
+    """Run torchrun with the command line; returns the exit code."""
+    # A thread, because Python runs a handler only after what it is in, such as waiting for the other nodes.
+    signals, wake_up = os.pipe()
+    os.set_blocking(wake_up, False)
+    signal.set_wakeup_fd(wake_up)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    threading.Thread(target=pass_on, args=(signals,), daemon=True).start()
+    try:
+        torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
+    except ChildFailedError as error:
+        return exit_code(error.failures.values())
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""titan.launch.torchrun: the ranks' exit code is the node's, and SIGTERM gives them the time they need."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from titan.launch.torchrun import exit_code
+
+from ..support.command import clean_environment, finish, free_port, kill_all, start, wait_until
+
+WRAPPER = ("-m", "titan.launch.torchrun")
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+
+def save(number, frame):
+    time.sleep(float(os.environ["SAVE_SECONDS"]))
+    Path(os.environ["FOLDER"], "saved_" + os.environ["RANK"]).touch()
+    os._exit(75)
+
+signal.signal(signal.SIGTERM, save)
+Path(os.environ["FOLDER"], "up_" + os.environ["RANK"]).touch()
+code = int(sys.argv[1 + int(os.environ["RANK"])])
+if code < 0:
+    os.kill(os.getpid(), -code)
+if code:
+    sys.exit(code)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> str:
+    """A rank that exits with its argument, or, where that is 0, waits to be stopped and then saves."""
+    path = tmp_path / "rank.py"
+    path.write_text(RANK)
+    return str(path)
+
+
+def on_two_ranks(program: list[str], tmp_path: Path, save_seconds: float = 0.2) -> tuple[list[str], dict[str, str]]:
+    """Return a command that starts a program twice on this node, and its environment."""
+    flags = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    environment = clean_environment(tmp_path, FOLDER=str(tmp_path), SAVE_SECONDS=str(save_seconds))
+    return [*flags, *program], environment
+
+
+@pytest.mark.parametrize(("codes", "expected"), [(("2", "2"), 2), (("-9", "0"), 128 + 9)])
+def test_the_ranks_exit_code_is_the_nodes(rank: str, tmp_path: Path, codes: tuple[str, str], expected: int) -> None:
+    """What the first failed rank ends with comes through, though torchrun has then stopped the other."""
+    command, environment = on_two_ranks([rank, *codes], tmp_path)
+    assert finish(start([*WRAPPER, *command], tmp_path, environment)).code == expected
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([75, 75], 75),
+        ([75, -signal.SIGTERM], 75),  # it was on its way out when torchrun stopped it
+        ([75, 1], 1),  # 75 is the answer to torchrun's own SIGTERM
+        ([1, 65, 1], 65),  # the others only lost it
+        ([-signal.SIGKILL, 75], 137),
+        ([-signal.SIGSEGV, 71], 71),
+    ],
+)
+def test_one_exit_code_of_several(codes: list[int], expected: int) -> None:
+    """Of ranks that ended within a second, the one that says most counts; 75 counts if all agree."""
+    failures = [ProcessFailure(number, 1, code, "<N/A>") for number, code in enumerate(codes)]
+    assert exit_code(failures) == expected
+
+
+def stopped(launcher: list[str], rank: str, tmp_path: Path, save_seconds: float) -> tuple[int, set[str]]:
+    """Start two waiting ranks, stop the node by SIGTERM; returns its exit code and who has saved."""
+    command, environment = on_two_ranks([rank, "0", "0"], tmp_path, save_seconds)
+    process = start([*launcher, *command], tmp_path, environment)
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("up_*"))) == 2, "two ranks")
+        process.send_signal(signal.SIGTERM)
+        code = finish(process, save_seconds + 60).code
+    finally:
+        kill_all(process)
+    return code, {path.name for path in tmp_path.glob("saved_*")}
+
+
+def test_sigterm_lets_the_ranks_save(rank: str, tmp_path: Path) -> None:
+    """SIGTERM to the node reaches every rank, and "requeue me" comes back."""
+    assert stopped([*WRAPPER], rank, tmp_path, 1) == (75, {"saved_0", "saved_1"})
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_more_time_than_torchrun(rank: str, tmp_path: Path) -> None:
+    """Ranks that need longer than torchrun's 30 seconds are not killed."""
+    assert stopped([*WRAPPER], rank, tmp_path, 35) == (75, {"saved_0", "saved_1"})
+
+
+@pytest.mark.slow
+def test_torchrun_itself_still_needs_this(rank: str, tmp_path: Path) -> None:
+    """The two faults are there in plain torchrun; the day this fails, titan.launch.torchrun can go."""
+    plain = ["-m", "torch.distributed.run"]
+    command, environment = on_two_ranks([rank, "75", "75"], tmp_path)
+    assert finish(start([*plain, *command], tmp_path, environment)).code == 1
+    for path in tmp_path.glob("up_*"):
+        path.unlink()
+    assert stopped(plain, rank, tmp_path, 35) == (1, set())
+
+
+def test_sigterm_before_any_rank_ends_at_once(rank: str, tmp_path: Path) -> None:
+    """A node that still waits for the others has nothing to save, and asks to be requeued."""
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()  # and never answers
+        flags = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "127.0.0.1"]
+        flags += ["--master-port", str(head.getsockname()[1])]
+        process = start([*WRAPPER, *flags, rank, "0", "0"], tmp_path, clean_environment(tmp_path))
+        try:
+            head.settimeout(60)
+            connection, _ = head.accept()
+            process.send_signal(signal.SIGTERM)
+            assert finish(process, 20).code == 75
+            connection.close()
+        finally:
+            kill_all(process)

@@ -1,0 +1,1 @@
+"""The files of launchers/, each against something independent of it."""
