@@ -14,9 +14,9 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -38,49 +38,16 @@ from titan.config.load import (
     register_schema,
     to_typed,
 )
-from titan.config.schema import ClusterKind, TitanConfig
+from titan.config.schema import ClusterKind
 from titan.errors import INTERRUPTED, ConfigError, Problem, RanksFailed, Stopped, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import adopt_slurm_step, current_machine, current_rank
 from titan.launch.local import launch_local
+from titan.launch.submit import Outcome, Point, already_complete, submit_points
 from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
 
-if TYPE_CHECKING:
-    from titan.launch.slurm import SlurmJob
-
 _TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM, Stopped.exit_code)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A run that is wanted: all there is to know before anything is started."""
-
-    config: TitanConfig
-    """Checked."""
-    directory: RunDirectory
-    overrides: list[str]
-    """What was typed for it."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one run ended, or that it was submitted."""
-
-    overrides: list[str]
-    directory: Path
-    exit_code: int
-    job: str = ""
-    """The SLURM job that has it, where nobody waits for its end."""
-
-    @property
-    def state(self) -> str:
-        """What the run says of itself, or that this point was not let into its directory."""
-        if self.exit_code == ConfigError.exit_code:
-            return "refused"
-        if self.job:
-            return f"job {self.job}"
-        return RunDirectory(self.directory).read_status().get("state", "failed")
 
 
 def main() -> None:
@@ -314,109 +281,6 @@ def dispatch(point: Point) -> Outcome:
             directory.write_status("failed", why=str(error), rank=first, exit_code=error.exit_code)
         return ended(error.exit_code)
     return ended(0)
-
-
-def submit_points(points: list[Point], is_sweep: bool = True) -> list[Outcome]:
-    """Freeze and submit runs; with `cluster.wait`, stay until they have ended.
-
-    Raises:
-        ConfigError: If nothing was submitted: there is no SLURM here, it refuses, or a directory holds another run.
-    """
-    from titan.launch import slurm
-
-    cluster = points[0].config.cluster
-    if cluster.print_script:
-        for group in slurm.group_by_resources([point.config for point in points]):
-            first = points[group[0]]
-            if len(group) > 1:
-                print(f"# an array of {len(group)} jobs like this one\n")
-            print(slurm.batch_script(first.config, first.directory))
-        return [Outcome(point.overrides, point.directory.path, 0) for point in points]
-    slurm.check_can_submit(cluster)
-    with _unfrozen_on_failure(points):
-        for point in points:
-            if (job := slurm.live_job(point.directory)) is not None:
-                raise ConfigError(
-                    [
-                        Problem(
-                            f"run.dir = {point.directory.path} belongs to job {job}, which has not ended",
-                            "Two jobs would write to the same files.",
-                            f"scancel {job}   or  run.dir=ANOTHER   for a new run",
-                        )
-                    ]
-                )
-        found = [freeze(point.config, point.directory, point.overrides) for point in points]
-        to_do = [index for index, each in enumerate(found) if each is not Frozen.complete]
-        folder = points[0].directory.path.parent if is_sweep else None
-        jobs = slurm.submit([(points[index].config, points[index].directory) for index in to_do], folder)
-    for index in set(range(len(points))) - set(to_do):
-        logger.info(already_complete(points[index]))
-    job_of = dict(zip(to_do, jobs, strict=True))
-    if not is_sweep:
-        for job in jobs:
-            logger.info(f"run        {short_path(job.directory.path)}")
-            for line in slurm.describe_job(job):
-                logger.info(line)
-    codes = dict.fromkeys(job_of, 0)
-    is_waiting = bool(jobs) and cluster.wait
-    if is_waiting:
-        codes = dict(zip(job_of, wait_for(jobs), strict=True))
-    return [
-        Outcome(
-            point.overrides,
-            point.directory.path,
-            codes.get(index, 0),
-            job="" if is_waiting or index not in job_of else job_of[index].id,
-        )
-        for index, point in enumerate(points)
-    ]
-
-
-def wait_for(jobs: list[SlurmJob]) -> list[int]:
-    """Show how jobs fare until all are over; returns their exit codes.
-
-    One job's log is shown as it is written. Of several, every change of state.
-    """
-    from titan.launch import slurm
-
-    try:
-        for job, event in slurm.watch(jobs):
-            if isinstance(event, str):
-                logger.info(event)
-            else:
-                logger.info(f"job {job.id}: {event.name}" + (f" ({event.reason})" if event.reason else ""))
-    except KeyboardInterrupt:
-        ids = " ".join(job.id for job in jobs)
-        print(f"\nno longer waiting; the job goes on. To end it:  scancel {ids}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    codes = [job.exit_code() for job in jobs]
-    for job, code in zip(jobs, codes, strict=True):
-        status = job.directory.read_status()
-        if code and len(jobs) == 1:
-            why = status.get("why") or f"SLURM says {job.state().name}"
-            rank = status.get("rank")
-            where = f"\n  log: {short_path(job.directory.log(rank, 0))}" if rank is not None else ""
-            print(f"\njob {job.id} ended with exit code {code}: {why}{where}", file=sys.stderr)
-    return codes
-
-
-def already_complete(point: Point) -> str:
-    """Say that there is nothing to do."""
-    return f"{point.directory.path}: this run is complete (step {point.config.training.steps}); nothing to do"
-
-
-@contextlib.contextmanager
-def _unfrozen_on_failure(points: list[Point]) -> Iterator[None]:
-    """Leave run directories as they were, where nothing was submitted."""
-    files = [file for point in points for file in (point.directory.config, point.directory.overrides)]
-    before = {file: file.read_bytes() if file.exists() else None for file in files}
-    try:
-        yield
-    except ConfigError:
-        for file, text in before.items():
-            if file.parent.is_dir() and not RunDirectory(file.parent).read_events("submit"):
-                file.unlink(missing_ok=True) if text is None else file.write_bytes(text)
-        raise
 
 
 def summarise(outcomes: list[Outcome]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from typing import Any
 from titan.config.degrees import world_size
 from titan.config.schema import ClusterConfig, Device, TitanConfig
 from titan.errors import ConfigError, Problem, Stopped
-from titan.run_directory import RunDirectory
+from titan.run_directory import RunDirectory, short_path
 
 _ENDED = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL", "REVOKED"),
@@ -227,14 +227,19 @@ def batch_parameters(config: TitanConfig) -> dict[str, Any]:
     }
 
 
-def batch_script(config: TitanConfig, directory: RunDirectory) -> str:
-    """Return the batch script of a single run, without needing SLURM."""
+def batch_script(config: TitanConfig, folder: Path, points: int = 1) -> str:
+    """Return the batch script of a run, or of an array of several, without needing SLURM.
+
+    Args:
+        config: Of the run, or of one of them.
+        folder: Where submitit keeps its files.
+        points: How many runs.
+    """
     from submitit.slurm.slurm import _make_sbatch_string
 
-    command = f"{_python(config.cluster)} -u -m submitit.core._submit {shlex.quote(str(directory.slurm))}"
-    return _make_sbatch_string(
-        command=command, folder=directory.slurm, job_name=config.run.name, **batch_parameters(config)
-    )
+    command = f"{_python(config.cluster)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    parameters: dict[str, Any] = batch_parameters(config) | {"job_name": config.run.name}
+    return _make_sbatch_string(command, folder, **parameters, map_count=points if points > 1 else None)
 
 
 def submit(points: Sequence[tuple[TitanConfig, RunDirectory]], sweep: Path | None = None) -> list[SlurmJob]:
@@ -254,7 +259,7 @@ def submit(points: Sequence[tuple[TitanConfig, RunDirectory]], sweep: Path | Non
     for group in group_by_resources([config for config, _ in points]):
         config, directory = points[group[0]]
         is_array = sweep is not None and len(group) > 1
-        folder = sweep / "slurm" if sweep is not None and is_array else directory.slurm
+        folder = folder_of_array(sweep) if sweep is not None and is_array else directory.slurm
         with _outside_of_jobs(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # submitit's remarks on its own arguments
             executor = submitit.SlurmExecutor(folder=folder, python=_python(config.cluster))
@@ -280,20 +285,36 @@ def group_by_resources(configs: Sequence[TitanConfig]) -> list[list[int]]:
     return list(groups.values())
 
 
-def describe_job(job: SlurmJob) -> list[str]:
-    """Return what a person wants to know after submission, as lines."""
-    from titan.run_directory import short_path
+def folder_of_array(sweep: Path) -> Path:
+    """Return where the arrays of a sweep keep their files."""
+    return sweep / "slurm"
 
-    cluster = job.config.cluster
+
+def describe_jobs(jobs: Sequence[SlurmJob]) -> list[str]:
+    """Return what a person wants to know after submission, as lines: of single jobs, or of arrays."""
+    arrays: dict[str, list[SlurmJob]] = {}
+    for job in jobs:
+        arrays.setdefault(job.id.partition("_")[0], []).append(job)
+    lines = []
+    for number, members in arrays.items():
+        log = short_path(members[0].log)
+        if len(members) > 1:
+            log = log.replace(f"{number}_0_", f"{number}_*_")
+        points = f"{len(members)} points, each " if len(members) > 1 else ""
+        lines += [
+            f"job        {number}, {points}{_describe_size(members[0].config.cluster)}",
+            f"log        {log}",
+            f"cancel     scancel {number}",
+        ]
+    return lines
+
+
+def _describe_size(cluster: ClusterConfig) -> str:
     ranks = world_size(cluster)
     asked = [f"{name} {getattr(cluster, name)}" for name in ("partition", "time") if getattr(cluster, name)]
     nodes = f"{cluster.nodes} node{'s' * (cluster.nodes != 1)} x {cluster.devices_per_node}"
     size = f"{nodes} = {ranks} rank{'s' * (ranks != 1)}"
-    return [
-        f"job        {', '.join([job.id, size, *asked])}",
-        f"log        {short_path(job.log)}",
-        f"cancel     scancel {job.id}",
-    ]
+    return ", ".join([size, *asked])
 
 
 class SubmissionFailed(ConfigError):
