@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-slow check format clean
+.PHONY: train test test-slow test-slurm check format clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m titan.train
@@ -15,6 +15,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
+
+# A real SLURM cluster of four nodes on this machine: needs root and Debian's packages, which it installs.
+test-slurm: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slurm tests/slurm
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

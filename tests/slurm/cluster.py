@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,20 @@ class Cluster:
     def power(self, verb: str, node: str) -> None:
         """Power a node off (`kill-node`) or on (`start-node`)."""
         subprocess.run([SCRIPT, verb, node], capture_output=True, timeout=60, check=True)
+
+    @contextlib.contextmanager
+    def configured(self, old: str, new: str) -> Iterator[None]:
+        """Replace a word of slurm.conf for a while."""
+        path = Path(os.environ["SLURM_CLUSTER_DIR"]) / "etc" / "slurm.conf"
+        before = path.read_text()
+        assert old in before
+        try:
+            path.write_text(before.replace(old, new))
+            self.ask("scontrol", "reconfigure")
+            yield
+        finally:
+            path.write_text(before)
+            self.ask("scontrol", "reconfigure")
 
     def wait_until_idle(self, timeout_seconds: float = 120) -> None:
         """Wait until every node can take work."""

@@ -111,6 +111,26 @@ def test_a_preemption_is_survived(slurm: Cluster, submitted: tuple[str, Path], u
     assert results(run) == results(undisturbed)
 
 
+def test_a_preemption_without_a_signal_is_survived(
+    slurm: Cluster, job: tuple[str, ...], undisturbed: Path, here: Path
+) -> None:
+    """Many sites send nothing but SIGTERM before a preemption: to the ranks and to the batch script."""
+    with slurm.configured("preempt_send_user_signal", "enable_configless"):
+        slurm.wait_until_idle()
+        number = job_of(slurm.titan(*job, *TWO_NODES, folder=here, **SLOW))
+        run = here / "run"
+        wait_until(lambda: is_at(run, 4), "four steps", 120)
+        urgent = slurm.ask(
+            *("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"),
+            "--wrap=sleep 5",
+        ).strip()
+        slurm.wait_for_state(urgent, "COMPLETED")
+        slurm.wait_for_state(number, "COMPLETED")
+    assert slurm.field(number, "Restarts") == "1"
+    assert [event["signal"] for event in events(run, "signal")] == ["SIGTERM"]
+    assert results(run) == results(undisturbed)
+
+
 def test_scontrol_requeue_loses_nothing(slurm: Cluster, submitted: tuple[str, Path], undisturbed: Path) -> None:
     """Requeued from outside, the ranks get SIGTERM, save and end; the job starts again from there."""
     number, run = submitted
