@@ -31,7 +31,7 @@ from titan.config.load import (
     COMPOSITION_ERRORS,
     CONFIG_NAME,
     HYDRA_VERSION,
-    compose_untyped,
+    compose_points,
     conf_dir,
     explain_composition,
     points_of_sweep,
@@ -188,10 +188,10 @@ def check_points(arguments: Namespace) -> None:
     if not points:
         raise ConfigError([Problem("the sweep has no point", "A glob() or a range() in it gives nothing.")])
     found: dict[Problem, list[str]] = {}
-    for overrides in points:
+    composed = compose_points(points, arguments.config_dir, arguments.config_name or CONFIG_NAME)
+    for overrides, each in zip(points, composed, strict=True):
         try:
-            composed = compose_untyped(overrides, arguments.config_dir, arguments.config_name or CONFIG_NAME)
-            check_config(to_typed(composed), current_machine())
+            check_config(to_typed(each), current_machine())
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(" ".join(overrides))

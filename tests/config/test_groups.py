@@ -10,7 +10,7 @@ import yaml
 from titan.config.check import check_config
 from titan.config.degrees import AXES, Machine, world_size
 from titan.config.keys import schema_keys
-from titan.config.load import compose, conf_dir, config_text, option_groups, parse_config
+from titan.config.load import compose, compose_points, conf_dir, config_text, option_groups, parse_config, to_typed
 
 OPTIONS = [
     (group, option)
@@ -98,3 +98,21 @@ def test_the_command_line_has_the_last_word() -> None:
     assert config.lr_scheduler.decay_type.name == "cosine"
     assert config.training.steps == 7
     assert config.training.seq_len == 8192
+
+
+def test_points_of_a_sweep_are_composed_as_by_themselves() -> None:
+    """Sharing one composition among points changes no key of any: values, options, recipes and tables alike."""
+    points = [
+        ["training.seed=1", "optimizer.lr=0.1"],
+        ["training.seed=2", "optimizer.lr=0.2"],
+        ["training.seed=2", "model=llama3_8b", "model.n_layers=4"],
+        ["model.rope_scaling=null", "model=llama3_8b", "run.name=${model.name}-x"],
+        ["experiment=llama3_8b_8gpu", "training.steps=7"],
+        ["training.steps=7", "experiment=llama3_8b_8gpu", "training={seq_len:64}"],
+        ["+cluster.environment.A=1", "+cluster.sbatch={nice:3}", "cluster.setup=[a,b]"],
+        ["cluster=slurm", "cluster.nodes=2", "parallelism.pp_modules=[[tok_embeddings],[norm,output]]"],
+    ]
+    points = [
+        [*point, "run.dir=runs/${run.name}"] for point in [*points, points[0]]
+    ]  # else it would have the time in it
+    assert [to_typed(each) for each in compose_points(points)] == [compose(point) for point in points]

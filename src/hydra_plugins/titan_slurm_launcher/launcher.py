@@ -29,7 +29,18 @@ class TitanSlurmLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take over what Hydra has."""
-        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+        self.task_function, self.config = task_function, config
+        # Hydra's sweeper composes every point to see whether it can be, and throws the result away: a tenth of a second
+        # each. Kept here, it need not be made again.
+        loader = hydra_context.config_loader
+        compose, self._composed = loader.load_sweep_config, dict[tuple[str, ...], DictConfig]()
+
+        def load_sweep_config(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+            composed = self._composed[tuple(sweep_overrides)] = compose(master_config, sweep_overrides)
+            return composed
+
+        loader.load_sweep_config = load_sweep_config  # type: ignore[method-assign]
+        self._compose = load_sweep_config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose all points, have them submitted, and return the last loss of each where titan waits for it."""
@@ -38,7 +49,7 @@ class TitanSlurmLauncher(Launcher):
             raise HydraException("hydra/launcher=titan_slurm starts titan.train and nothing else")
         points = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
-            composed = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+            composed = self._composed.pop(tuple(overrides), None) or self._compose(self.config, list(overrides))
             with open_dict(composed):
                 composed.hydra.job.id = composed.hydra.job.num = number
                 folder = Path(str(composed.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)

@@ -232,6 +232,8 @@ def _explain_refused(text: str, error: Exception) -> Problem:
         return Problem(what, "Several values are a sweep, one run for each.", f"--multirun {plain}{other}")
     if text != plain and ("already" in str(error) or "Multiple values" in str(error)):
         return Problem(f"{text} adds what is there already", "A + is for what the config does not have.", plain)
+    if text == plain and key in schema_keys() and schema_keys()[key].is_table:
+        return Problem(f"{text} adds entries to a table", "What adds has a + before it.", f"+{text}")
     if text == plain and (table := table_of(key)) is not None:
         entry = key.rpartition(".")[2]
         return Problem(f"{text}, but {table.name} has no {entry} yet", "A new entry has a + before it.", f"+{text}")

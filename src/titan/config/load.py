@@ -8,6 +8,7 @@ omegaconf 2.3.1); the container is held against the schema key by key.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import typing
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.explain import COMPOSITION_ERRORS, Groups, explain_mistakes, gist
-from titan.config.keys import is_known, unknown_key
+from titan.config.keys import is_known, schema_keys, unknown_key
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem, TitanError
 from titan.run_directory import write_atomically
@@ -84,6 +85,38 @@ def compose_untyped(
     """Compose to Hydra's own type; leaves Hydra's process-wide state as it was."""
     with _hydra(config_dir):
         return hydra_compose(config_name, overrides=list(overrides))
+
+
+def compose_points(
+    points: Sequence[Sequence[str]], config_dir: str | None = None, config_name: str = CONFIG_NAME
+) -> Iterator[DictConfig]:
+    """Compose the points of a sweep, each as `compose_untyped` would, but many in the time of a few.
+
+    Points that choose the same options share one composition, to which their values are then applied, as Hydra does.
+    """
+    made: dict[tuple[str, ...], DictConfig] = {}
+    parser = OverridesParser.create()
+    for overrides in points:
+        values = {text: _value_of(text, parser) for text in overrides}
+        choices = tuple(text for text, value in values.items() if value is None)
+        try:
+            if choices not in made:
+                made[choices] = compose_untyped(choices, config_dir, config_name)
+            composed = copy.deepcopy(made[choices])
+            for key, value in filter(None, values.values()):
+                OmegaConf.update(composed, key, value, merge=True)
+        except COMPOSITION_ERRORS:
+            composed = compose_untyped(overrides, config_dir, config_name)  # which says what is wrong in Hydra's words
+        yield composed
+
+
+def _value_of(text: str, parser: OverridesParser) -> tuple[str, Any] | None:
+    """Return the key and the value that an override sets; None if it is more than that."""
+    override = parser.parse_override(text)
+    key = schema_keys().get(override.key_or_group)
+    if key is None or key.is_node or override.is_add() or override.is_force_add() or override.is_delete():
+        return None
+    return override.key_or_group, override.value()
 
 
 def explain_composition(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -260,8 +261,9 @@ def submit(points: Sequence[tuple[TitanConfig, RunDirectory]], sweep: Path | Non
         config, directory = points[group[0]]
         is_array = sweep is not None and len(group) > 1
         folder = folder_of_array(sweep) if sweep is not None and is_array else directory.slurm
-        with _outside_of_jobs(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # submitit's remarks on its own arguments
+        # submitit shows what sbatch says, which is in the error too, and has remarks on its own arguments
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             executor = submitit.SlurmExecutor(folder=folder, python=_python(config.cluster))
             executor.update_parameters(job_name=config.run.name, **batch_parameters(config))
             programs = [RankProgram(points[index][1].config) for index in group]
