@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def _results() -> Iterator[dict[str, Any]]:
-    for name in ("cpu_tokens_per_second", "startup", "memory_flatness", "axis_cost"):
+    for name in ("cpu_tokens_per_second", "startup", "submission", "memory_flatness", "axis_cost"):
         path = RESULTS / f"{name}.json"
         if path.exists():
             yield {"name": name, "result": json.loads(path.read_text())}
@@ -49,6 +49,9 @@ def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, str, st
         for part, seconds in result["parts_seconds"].items():
             yield _row(f"part: {part}", seconds, ".2f", "s")
         yield "part: data, not yet tokenised", f"{result['data_seconds_first_time']:.2f}", "once", "s"
+    elif name == "submission":
+        for case, seconds in result["seconds"].items():
+            yield _row(f"submission to SLURM: {case}", seconds, ".2f", "s")
     elif name == "axis_cost":
         for found in result["cases"]:
             yield _row(f"{found['case']}: a step", found["seconds_a_step"], ".2f", "s")
