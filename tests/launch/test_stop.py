@@ -53,8 +53,18 @@ def started_and_at_work(process: Started, here: Path) -> None:
     assert process.poll() is None, finish(process)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "number"),
+    [
+        (1, signal.SIGTERM),
+        (2, signal.SIGTERM),
+        *(
+            pytest.param(ranks, number, marks=pytest.mark.slow)
+            for ranks in (1, 2)
+            for number in (signal.SIGUSR1, signal.SIGUSR2)
+        ),
+    ],
+)
 def test_a_signal_stops_in_order_and_the_same_command_goes_on(
     here: Path, cache: Path, text_file: Path, undisturbed: dict[int, Path], ranks: int, number: signal.Signals
 ) -> None:
@@ -136,6 +146,7 @@ def torchrun(*flags: str) -> list[str]:
     return ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *flags, "-m", "titan.train"]
 
 
+@pytest.mark.slow
 def test_torchrun_told_to_stop_saves(here: Path, cache: Path, text_file: Path, undisturbed: dict[int, Path]) -> None:
     """SIGTERM to torchrun, which hands it on, is an orderly stop too."""
     arguments = [*torchrun(), *RUN, f"data.path={text_file}"]
@@ -151,7 +162,7 @@ def test_torchrun_told_to_stop_saves(here: Path, cache: Path, text_file: Path, u
     assert results(here / "run") == results(undisturbed[2])
 
 
-@pytest.mark.parametrize("attempt", range(3))
+@pytest.mark.parametrize("attempt", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 3))])
 def test_torchrun_restarts_from_the_last_checkpoint(
     here: Path, cache: Path, text_file: Path, undisturbed: dict[int, Path], attempt: int
 ) -> None:
