@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as a shell reports it."""
+TERMINATED = 143
+"""The exit code after SIGTERM, as a shell reports it."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ class StorageError(TitanError):
 
 
 class Stopped(TitanError):
-    """The run was told to stop and did, between two steps and on all ranks together."""
+    """The run was told to stop and did, between two steps and on all ranks together.
+
+    75 asks to be started again. Without a checkpoint there is nothing to go on from, so it is 143 then.
+    """
 
     exit_code = 75
 
@@ -93,6 +98,8 @@ class Stopped(TitanError):
         saved = "and it is saved: the same command goes on from there" if is_saved else "and nothing was saved"
         super().__init__(f"stopped by {signal_name} after step {step}, {saved}")
         self.signal_name, self.step, self.is_saved = signal_name, step, is_saved
+        if not is_saved:
+            self.exit_code = TERMINATED
 
 
 class PeerLost(TitanError):

@@ -39,7 +39,7 @@ from titan.config.load import (
     to_typed,
 )
 from titan.config.schema import ClusterKind
-from titan.errors import INTERRUPTED, ConfigError, Problem, RanksFailed, Stopped, TitanError
+from titan.errors import INTERRUPTED, TERMINATED, ConfigError, Problem, RanksFailed, Stopped, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import adopt_slurm_step, current_machine, current_rank
 from titan.launch.local import launch_local
@@ -47,7 +47,7 @@ from titan.launch.submit import Outcome, Point, already_complete, submit_points
 from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
 
-_TOLD_TO_STOP = (INTERRUPTED, 128 + signal.SIGTERM, Stopped.exit_code)
+_TOLD_TO_STOP = (INTERRUPTED, TERMINATED, Stopped.exit_code)
 
 
 def main() -> None:
@@ -124,7 +124,10 @@ class Command:
     def __call__(self, composed: DictConfig) -> float | None:
         """Run one point; returns its last loss, which is what Hydra's sweepers look at."""
         self.is_composed = True
-        is_task = "SUBMITIT_EXECUTOR" in os.environ  # of hydra-submitit-launcher's, where `main` has not run
+        # a task of hydra-submitit-launcher's, where `main` has not run
+        is_task = "SUBMITIT_EXECUTOR" in os.environ and "hydra_submitit_launcher" in str(
+            HydraConfig.get().launcher._target_
+        )
         requeue = signal.getsignal(signal.SIGUSR2)
         if is_task:
             start_logging()
@@ -137,11 +140,12 @@ class Command:
         last = self.outcomes[-1]
         if is_task and last.exit_code:
             rank = current_rank()
-            if last.exit_code == Stopped.exit_code and callable(requeue) and (rank is None or rank.rank == 0):
-                requeue(signal.SIGUSR2, None)  # submitit's own way to put the job back
-            # It takes anything but an exit for a success, and SLURM would too.
-            _flush()
-            os._exit(last.exit_code)
+            try:
+                if last.exit_code == Stopped.exit_code and callable(requeue) and (rank is None or rank.rank == 0):
+                    requeue(signal.SIGUSR2, None)  # submitit's own way to put the job back
+            finally:  # It takes anything but an exit for a success, and SLURM would too.
+                _flush()
+                os._exit(last.exit_code)
         if last.exit_code in _TOLD_TO_STOP:
             sys.exit(last.exit_code)  # or the next point of a sweep would start
         return _last_loss(last)
@@ -272,7 +276,7 @@ def dispatch(point: Point) -> Outcome:
     if ranks == 1:
         return ended(worker.main([str(directory.config)]))
     try:
-        launch_local(directory, ranks, config.cluster.grace_seconds)
+        launch_local(directory, ranks, config.cluster.grace_seconds, environment=config.cluster.environment)
     except TitanError as error:
         print(f"\n{error}", file=sys.stderr)
         said = directory.read_status()

@@ -260,9 +260,9 @@ def _report_stop(directory: RunDirectory, rank: Rank, stop: Stopped) -> int:
             "preempted", why=str(stop), step=stop.step, signal=stop.signal_name, is_saved=stop.is_saved
         )
         directory.append_event("exit", code=stop.exit_code)
-    # The first rank to leave may take the others with it, so none leaves before all is written.
+    # The first rank to leave may take the others with it, so none leaves before all is written; and then all leave at
+    # once, for taking the process groups down takes each of them another time.
     dist.barrier()
-    dist.destroy_process_group()
     return stop.exit_code
 
 
@@ -272,7 +272,7 @@ def _report(directory: RunDirectory, rank: Rank, error: BaseException, code: int
     if rank.has_store:
         _tell_agent(error)
     if directory.read_status().get("state") == "running":  # the first to fail says why
-        directory.write_status("failed", why=summary, rank=rank.rank, exit_code=code)
+        directory.write_status("failed", why=summary, rank=rank.rank, attempt=rank.attempt, exit_code=code)
     directory.append_event("exit", code=code, rank=rank.rank, why=summary)
     return code
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Command
-from tests.support.command import FAULT, TINY
+from tests.support.command import FAULT, REPOSITORY, TINY
 from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError
 from titan.launch.environment import adopt_slurm_step, current_rank, expand_counts, first_host, slurm_gpus
-from titan.launch.slurm import batch_script, group_by_resources
+from titan.launch.slurm import AFTER_RANKS, BEFORE_RANKS, batch_script, batches, submit
+from titan.run_directory import RunDirectory
 
+BY_HAND = REPOSITORY / "launchers" / "slurm" / "titan.sbatch"
 SLURM = ("cluster=slurm", "cluster.devices_per_node=8", "cluster.nodes=2", "run.dir=/runs/one")
 
 
@@ -26,8 +29,14 @@ def checked(*overrides: str) -> TitanConfig:
 
 
 def script(*overrides: str) -> str:
-    """Return the batch script of a config."""
-    return batch_script(checked(*overrides), Path("/runs/one/slurm"))
+    """Return the batch script of a run."""
+    return script_of([checked(*overrides)])
+
+
+def script_of(configs: list[TitanConfig], sweep: Path | None = None) -> str:
+    """Return the batch script of some runs that share one."""
+    (batch,) = batches([(config, RunDirectory(Path(config.run.dir))) for config in configs], sweep)
+    return batch_script(batch, configs[0].cluster)
 
 
 def flags(text: str) -> set[str]:
@@ -74,7 +83,7 @@ def test_a_container_has_the_run_and_the_cache_in_it() -> None:
     line = srun(script("cluster.container_image='nvcr.io#nvidia/pytorch:26.05-py3'", "cluster.python=python3",
                        "cluster.container_mounts=['/data:/data']", "data.cache_dir=/cache"))  # fmt: skip
     assert "'--container-image=nvcr.io#nvidia/pytorch:26.05-py3'" in line
-    assert "--container-mounts=/cache:/cache,/runs/one:/runs/one,/data:/data" in line
+    assert "--container-mounts=/runs/one:/runs/one,/cache:/cache,/data:/data" in line
     assert line.endswith("python3 -u -m submitit.core._submit /runs/one/slurm")
 
 
@@ -90,7 +99,7 @@ def test_a_cpu_cluster_is_asked_for_no_gpu() -> None:
     """cluster.device=cpu asks for tasks alone, one a node unless told otherwise."""
     config = check_config(compose(["cluster=slurm", "cluster.nodes=2", "cluster.device=cpu"]), Machine())
     assert config.cluster.devices_per_node == 1
-    assert not any("gpu" in flag for flag in flags(batch_script(config, Path("/f"))))
+    assert not any("gpu" in flag for flag in flags(script_of([config])))
 
 
 @pytest.mark.parametrize("points", [1, 3])
@@ -98,13 +107,13 @@ def test_the_script_is_one_that_bash_reads(points: int, tmp_path: Path) -> None:
     """Whatever is in the settings, the script has no syntax error."""
     config = checked("cluster.setup=['echo \"a b\" | cat']", 'cluster.python="/opt/a b/python"')
     path = tmp_path / "script.sh"
-    path.write_text(batch_script(config, tmp_path / "a folder", points))
+    path.write_text(script_of([config] * points, tmp_path / "a folder"))
     assert subprocess.run(["bash", "-n", path], capture_output=True, check=False).returncode == 0
     assert (f"--array=0-{points - 1}%{points}" in path.read_text()) == (points > 1)
 
 
 STAND_INS = {
-    "squeue": 'echo "squeue $@" >> calls; echo "$STATE"',
+    "squeue": 'echo "squeue $@" >> calls; if [ "$STATE" = silent ]; then exit 1; fi; echo "$STATE"',
     "scontrol": 'echo "scontrol $@" >> calls',
     "srun": "exit $CODE",
     "sleep": "exit 0",
@@ -116,33 +125,59 @@ STAND_INS = {
     [
         (0, "RUNNING", "", False, None),
         (1, "RUNNING", "", False, None),
+        (143, "RUNNING", "", False, None),
         (75, "RUNNING", "", False, "12"),
+        (140, "RUNNING", "", False, "12"),  # told to stop before it could listen
         (75, "RUNNING", "4", False, "12"),
         (75, "RUNNING", "5", False, None),
+        (75, "CANCELLED", "", False, None),
         (75, "COMPLETING", "", False, None),
-        (75, "", "", False, None),
+        (75, "silent", "", False, "12"),  # SLURM does not answer
         (75, "RUNNING", "", True, "10_2"),
     ],
 )
+@pytest.mark.parametrize("by_hand", [False, True], ids=["submitted", "by hand"])
 def test_a_job_comes_back_only_if_its_ranks_ask_for_it(
-    tmp_path: Path, code: int, state: str, restarts: str, array: bool, requeued: str | None
+    tmp_path: Path, code: int, state: str, restarts: str, array: bool, requeued: str | None, by_hand: bool
 ) -> None:
-    """After 75 alone, at most so often, not when cancelled; of an array, the one point. The exit code stays."""
+    """After a stop in order, at most so often, not when cancelled; of an array, the one point. The exit code stays."""
     for name, text in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CODE": str(code), "STATE": state, "SLURM_JOB_ID": "12"}
+    environment |= {"SQUEUE_STATES": "PENDING", "MAX_REQUEUES": "5"}
     if restarts:
         environment["SLURM_RESTART_COUNT"] = restarts
     if array:
         environment |= {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"}
-    text = script("cluster.max_requeues=5")
-    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=environment, capture_output=True, check=False)
-    assert done.returncode == code
+    text = BY_HAND.read_text() if by_hand else script("cluster.max_requeues=5")
+    command = ["bash", "-u", "-c", text, "script", "run.dir=x"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     assert [line for line in calls if line.startswith("scontrol")] == (
-        [f"scontrol requeue {requeued}"] * bool(requeued)
+        [f"scontrol requeue {requeued}"] * (requeued is not None)
     )
+    assert ("goes back into the queue" in done.stdout) == (requeued is not None)
+    assert ("and does not come back" in done.stdout) == (state in ("CANCELLED", "COMPLETING"))
+    assert ("the same command goes on" in done.stdout) == (restarts == "5")
+
+
+def test_the_batch_file_by_hand_has_the_same_lines() -> None:
+    """What launchers/slurm/titan.sbatch does before and after the ranks is what a submitted script does."""
+    text = BY_HAND.read_text()
+    assert f"\n{BEFORE_RANKS}\n" in text
+    assert text.endswith(f"\n{AFTER_RANKS}\n")
+
+
+def test_the_batch_file_by_hand_wants_a_run_directory(tmp_path: Path) -> None:
+    """Without run.dir a job that comes back would be another run; nothing is started."""
+    (tmp_path / "srun").write_text("#!/bin/bash\necho started\n")
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(["bash", BY_HAND, "model=x"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run.dir=" in done.stderr
 
 
 def test_a_failing_set_up_ends_the_job(tmp_path: Path) -> None:
@@ -155,13 +190,65 @@ def test_a_failing_set_up_ends_the_job(tmp_path: Path) -> None:
 
 def test_points_that_ask_the_same_share_an_array() -> None:
     """Grouped by what is asked of SLURM and not by what is trained, each group in the order of its points."""
-    configs = [
-        checked(f"training.seed={seed}", f"cluster.nodes={nodes}", f"run.name=seed{seed}")
-        for nodes in (1, 2)
-        for seed in (1, 2)
-    ]
-    assert group_by_resources(configs) == [[0, 1], [2, 3]]
-    assert group_by_resources([configs[0], configs[2], configs[1]]) == [[0, 2], [1]]
+    image = ("cluster.container_image=image", "cluster.python=python3")
+    for more in ((), image):
+        points = [
+            checked(f"training.seed={seed}", f"cluster.nodes={nodes}", f"run.dir=/sweep/{seed}{nodes}", *more)
+            for nodes in (1, 2)
+            for seed in (1, 2)
+        ]
+        sweep = [(config, RunDirectory(Path(config.run.dir))) for config in points]
+        found = batches(sweep, Path("/sweep"))
+        assert [batch.points for batch in found] == [[0, 1], [2, 3]]
+        assert {batch.folder for batch in found} == {Path("/sweep/slurm")}
+        mixed = batches([sweep[0], sweep[2], sweep[1]], Path("/sweep"))
+        assert [(batch.points, batch.folder) for batch in mixed] == [
+            ([0, 2], Path("/sweep/slurm")),
+            ([1], Path("/sweep/12/slurm")),
+        ]
+        assert [batch.points for batch in batches(sweep)] == [[0], [1], [2], [3]]
+    assert "/sweep:/sweep" in srun(script_of(points[:2], Path("/sweep"))), "all points, and the pickles"
+
+
+SHELL = {
+    "SBATCH_PARTITION": "debug",
+    "SBATCH_ACCOUNT": "mine",
+    "SBATCH_SIGNAL": "TERM@5",
+    "SBATCH_NO_REQUEUE": "1",
+    "SBATCH_EXPORT": "NONE",
+    "SBATCH_NICE": "5",
+    "MASTER_ADDR": "localhost",
+    "WORLD_SIZE": "1",
+    "SLURM_CONF": "/etc/slurm/slurm.conf",
+    "HF_TOKEN": "secret",
+}
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_shell_does_not_override_what_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, inside: bool
+) -> None:
+    """Sbatch puts its variables above its script: those that contradict the config are hidden, the others hold."""
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text(f"#!/bin/bash\nenv > {tmp_path}/seen\necho Submitted batch job 7\n")
+        (tmp_path / name).chmod(0o755)
+    for name, value in {**SHELL, **({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "9"} if inside else {})}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    directory = RunDirectory(tmp_path / "run")
+    directory.path.mkdir()
+    config = checked("cluster.partition=gpu", f"run.dir={directory.path}", "+cluster.sbatch.nice=1")
+    (job,) = submit([(config, directory)])
+    assert job.id == "7"
+    assert directory.read_events("submit")[0]["job"] == "7"
+    seen = dict(line.partition("=")[::2] for line in (tmp_path / "seen").read_text().splitlines())
+    hidden = {"SBATCH_PARTITION", "SBATCH_SIGNAL", "SBATCH_NO_REQUEUE", "SBATCH_EXPORT", "SBATCH_NICE"}
+    hidden |= {"MASTER_ADDR", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_NTASKS"}
+    assert hidden & set(seen) == set()
+    assert {name: seen[name] for name in ("SBATCH_ACCOUNT", "SLURM_CONF", "HF_TOKEN")} == {
+        name: SHELL[name] for name in ("SBATCH_ACCOUNT", "SLURM_CONF", "HF_TOKEN")
+    }
+    assert os.environ["SBATCH_PARTITION"] == "debug", "the user's shell is as it was"
 
 
 @pytest.mark.parametrize(
@@ -216,8 +303,6 @@ def step(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def test_a_task_of_a_step_is_a_rank(step: pytest.MonkeyPatch) -> None:
     """A task of several is described as torchrun would, and meets the others at the first node's."""
-    import os
-
     adopt_slurm_step()
     rank = current_rank()
     assert rank is not None
@@ -267,7 +352,9 @@ def test_the_gpus_of_a_partitions_nodes(
     sinfo.write_text(f"#!/bin/bash\nprintf '%s' '{listed}'\n")
     sinfo.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    slurm_gpus.cache_clear()
     assert (slurm_gpus(partition) or None) == gpus
+    slurm_gpus.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -281,7 +368,12 @@ def test_the_gpus_of_a_partitions_nodes(
         (["+cluster.srun.ntasks=4"], ["titan sets --ntasks itself", "leave cluster.srun.ntasks out"]),
         (["+cluster.environment.WANDB_API_KEY=x"], ["looks like a secret", "export WANDB_API_KEY"]),
         (["+cluster.environment.HF_TOKEN=x"], ["looks like a secret"]),
+        (["+cluster.environment.AWS_ACCESS_KEY_ID=x"], ["looks like a secret"]),
+        (["cluster.setup=['export HF_TOKEN=x']"], ["cluster.setup sets HF_TOKEN, which looks like a secret"]),
+        (["+cluster.sbatch.job-name=x"], ["titan sets --job-name itself", "run.name=..."]),
         (["cluster.container_mounts=[/a]"], ["no container to mount into"]),
+        (["cluster.container_image=x"], ["not which Python is in it", "cluster.python=python3"]),
+        (["run.dir=runs/100%j"], ["has a %, which SLURM would replace"]),
         (["cluster.max_requeues=-1"], ["cluster.max_requeues = -1 is below 0"]),
         (["cluster=local", "cluster.nodes=1", "cluster.partition=gpu"], ["cluster.partition=gpu, but cluster=local"]),
         (["cluster=local", "cluster.nodes=1", "cluster.wait=true"], ["cluster.wait=true, but cluster=local"]),
@@ -293,6 +385,11 @@ def test_what_slurm_would_not_understand_is_refused(overrides: list[str], said: 
         checked(*overrides)
     for text in said:
         assert text in str(error.value)
+
+
+def test_a_variable_that_only_sounds_like_a_secret_is_let_through() -> None:
+    """TOKENIZERS_PARALLELISM is no token."""
+    assert "export TOKENIZERS_PARALLELISM=false" in script("+cluster.environment.TOKENIZERS_PARALLELISM='false'")
 
 
 @pytest.mark.parametrize("time", ["1:30:00", "100:00:00", "2-00", "2-12:30", "1-00:00:00"])

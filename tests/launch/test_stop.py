@@ -122,9 +122,22 @@ def test_without_checkpoints_it_says_that_nothing_was_saved(here: Path, cache: P
         finished = finish(process)
     finally:
         kill_all(process)
-    assert finished.code == 75
+    assert finished.code == 143, "75 would ask to go on"
     assert "nothing was saved" in finished.out
     assert RunDirectory(here / "run").read_status()["is_saved"] is False
+
+
+def test_an_earlier_stop_is_no_answer_to_a_crash(here: Path, cache: Path, text_file: Path) -> None:
+    """Ranks that die before they can say anything have not stopped in order, though the run once did."""
+    arguments = ["-m", "titan.train", *RUN, f"data.path={text_file}", "cluster.devices_per_node=2"]
+    directory = RunDirectory(here / "run")
+    directory.path.mkdir()
+    directory.write_status("preempted", why="long ago", step=4, signal="SIGUSR2", is_saved=True)
+    (directory.path / "logs").write_text("in the way of the ranks' logs")
+    finished = finish(start(arguments, here, clean_environment(cache)))
+    assert finished.code == 1
+    assert "failed first" in finished.err
+    assert "is saved" not in finished.text
 
 
 def test_a_sweep_that_is_stopped_starts_no_other_point(here: Path, cache: Path, text_file: Path) -> None:

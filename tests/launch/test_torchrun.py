@@ -91,6 +91,11 @@ def test_sigterm_lets_the_ranks_save(rank: str, tmp_path: Path) -> None:
     assert stopped([*WRAPPER], rank, tmp_path, 1) == (75, {"saved_0", "saved_1"})
 
 
+def test_ranks_that_have_saved_are_not_started_again(rank: str, tmp_path: Path) -> None:
+    """With restarts allowed, torchrun would take 75 for a crash and train on, told by nobody."""
+    assert stopped([*WRAPPER, "--max-restarts=3"], rank, tmp_path, 1) == (75, {"saved_0", "saved_1"})
+
+
 @pytest.mark.slow
 def test_sigterm_leaves_more_time_than_torchrun(rank: str, tmp_path: Path) -> None:
     """Ranks that need longer than torchrun's 30 seconds are not killed."""

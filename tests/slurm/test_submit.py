@@ -124,6 +124,18 @@ def test_what_slurm_refuses_leaves_nothing_behind(slurm: Cluster, job: tuple[str
     assert RunDirectory(here / "run").read_events("submit") == []
 
 
+def test_a_job_that_ends_before_its_ranks_is_accounted_for(slurm: Cluster, job: tuple[str, ...], here: Path) -> None:
+    """A set-up command fails: nobody but SLURM can say so, and the run does not stay "running" for ever."""
+    finished = slurm.titan(
+        *job, *TWO_NODES, "cluster.setup=['echo no module', 'exit 3']", "cluster.wait=true", folder=here
+    )
+    assert finished.code == 3, finished.text
+    assert "no module" in finished.out
+    assert "is FAILED" in finished.err
+    status = RunDirectory(here / "run").read_status()
+    assert (status["state"], status["exit_code"]) == ("failed", 3)
+
+
 def test_a_job_does_not_submit_jobs_unless_told_to(slurm: Cluster, job: tuple[str, ...], here: Path) -> None:
     """From inside an allocation cluster=slurm is refused; forced, the new job inherits nothing of the old one."""
     command = (sys.executable, "-m", "titan.train", *job, *TWO_NODES)

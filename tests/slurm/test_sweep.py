@@ -77,6 +77,25 @@ def test_one_bad_point_stops_all_before_anything_is_submitted(slurm: Cluster, jo
     assert list(here.iterdir()) == []
 
 
+def test_what_was_submitted_before_a_refusal_stays_and_is_shown(
+    slurm: Cluster, job: tuple[str, ...], here: Path
+) -> None:
+    """The second of two arrays is refused: the first is named, and the same sweep again leaves it alone."""
+    held = (*job, *SWEEP, "+cluster.sbatch.hold=")
+    refused = slurm.titan(*held, "cluster.partition=main,nosuch", folder=here)
+    assert refused.code == 1, refused.text
+    assert "invalid partition specified: nosuch" in refused.err
+    (first,) = re.findall(r"^cancel +scancel (\d+)", refused.out, re.MULTILINE)
+    assert (here / "sweep" / "0" / "config.yaml").exists()
+    assert not (here / "sweep" / "1").exists()
+    again = slurm.titan(*held, "cluster.partition=main,urgent", folder=here)
+    assert again.code == 0, again.text
+    assert f"sweep/0: job {first} has it already" in again.out
+    assert jobs_of(again.out)[0] == first
+    assert jobs_of(again.out)[1] != first
+    slurm.ask("scancel", *jobs_of(again.out))
+
+
 def test_a_point_of_an_array_comes_back_alone(slurm: Cluster, job: tuple[str, ...], here: Path) -> None:
     """One point of an array is told to stop: it alone is put back into the queue, and goes on."""
     finished = slurm.titan(*job, *SWEEP, "training.seed=1,2", "training.steps=12", folder=here, **SLOW)

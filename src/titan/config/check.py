@@ -521,25 +521,31 @@ def check_simulated(config: TitanConfig) -> Iterator[Problem]:
 
 ONLY_SLURM = (
     *("partition", "account", "qos", "reservation", "constraint", "time", "exclusive", "cpus_per_task", "memory"),
-    *("setup", "python", "container_image", "container_mounts", "sbatch", "srun", "wait", "print_script", "inside_job"),
+    *("setup", "python", "container_image", "container_mounts", "sbatch", "srun", "max_requeues"),
+    *("array_parallelism", "wait", "print_script", "inside_job"),
 )
 """Keys of the cluster that say nothing to any other kind."""
 
 OWN_ARGUMENTS = {
-    **{name: name.replace("-", "_") for name in ("partition", "account", "qos", "reservation", "constraint", "time")},
-    **{name: name.replace("-", "_") for name in ("exclusive", "cpus-per-task", "nodes", "container-image")},
-    "container-mounts": "container_mounts",
-    "mem": "memory",
-    "ntasks-per-node": "devices_per_node",
-    "signal": "grace_seconds",
-    "export": "environment",
-    **dict.fromkeys(("ntasks", "array", "output", "error", "open-mode", "requeue", "no-requeue"), ""),
-    "kill-on-bad-exit": "",
+    **{name: f"cluster.{name}" for name in ("partition", "account", "qos", "reservation", "constraint", "time")},
+    "exclusive": "cluster.exclusive",
+    "cpus-per-task": "cluster.cpus_per_task",
+    "mem": "cluster.memory",
+    "nodes": "cluster.nodes",
+    "ntasks-per-node": "cluster.devices_per_node",
+    "signal": "cluster.grace_seconds",
+    "export": "cluster.environment",
+    "container-image": "cluster.container_image",
+    "container-mounts": "cluster.container_mounts",
+    "wait": "cluster.wait",
+    "job-name": "run.name",
+    **dict.fromkeys(("ntasks", "array", "output", "error", "open-mode", "requeue", "no-requeue", "wrap"), ""),
+    **dict.fromkeys(("kill-on-bad-exit", "parsable", "test-only", "quiet"), ""),
 }
-"""Arguments of sbatch and srun that titan sets, each with the key of the cluster that decides it, if one does."""
+"""Arguments of sbatch and srun that titan sets, each with the key that decides it, if one does."""
 
 _DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+)(?::(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?)?")
-_SECRET = re.compile(r"token|secret|passw|api_?key|credential", re.IGNORECASE)
+_SECRET = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|APIKEY|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
 
 
 def check_slurm(config: TitanConfig) -> Iterator[Problem]:
@@ -569,7 +575,7 @@ def check_slurm(config: TitanConfig) -> Iterator[Problem]:
                 key = OWN_ARGUMENTS[plain]
                 yield Problem(
                     f"cluster.{group}.{name} is set, but titan sets --{plain} itself",
-                    suggestion=f"cluster.{key}=..." if key else f"leave cluster.{group}.{name} out",
+                    suggestion=f"{key}=..." if key else f"leave cluster.{group}.{name} out",
                 )
             elif plain != name:
                 yield Problem(
@@ -577,6 +583,14 @@ def check_slurm(config: TitanConfig) -> Iterator[Problem]:
                     "Names have no dashes in front, and = comes between name and value.",
                     f"+cluster.{group}.{plain}=...",
                 )
+    if "%" in config.run.dir:
+        yield Problem(f"run.dir = {config.run.dir} has a %, which SLURM would replace", suggestion="run.dir=runs/NAME")
+    if cluster.container_image is not None and cluster.python is None:
+        yield Problem(
+            "cluster.container_image is set, but not which Python is in it",
+            "The one of this machine is not there.",
+            "cluster.python=python3",
+        )
     if cluster.container_mounts and cluster.container_image is None:
         yield Problem(
             "cluster.container_mounts is set, but there is no container to mount into",
@@ -605,7 +619,16 @@ def _check_time(text: str, grace_seconds: int) -> Iterator[Problem]:
 
 def check_environment(config: TitanConfig) -> Iterator[Problem]:
     """Secrets stay in the environment: the config is written to disk and shown in logs."""
-    for name in config.cluster.environment:
+    cluster = config.cluster
+    for line in cluster.setup:
+        for name in re.findall(r"(\w+)=", line):
+            if _SECRET.search(name):
+                yield Problem(
+                    f"cluster.setup sets {name}, which looks like a secret, and a config is written to disk",
+                    "What the shell exports reaches the ranks without being written anywhere.",
+                    f"export {name}=...   in the shell, and leave it out here",
+                )
+    for name in cluster.environment:
         if _SECRET.search(name):
             yield Problem(
                 f"cluster.environment.{name} looks like a secret, and a config is written to disk",

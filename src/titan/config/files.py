@@ -30,6 +30,14 @@ def find_files(path: str, kind: str) -> list[Path]:
     return sorted(file for file in found if os.path.isfile(file))  # False also where a file cannot be looked at
 
 
+def fixed_part(path: str) -> str:
+    """Return the longest part of a path that is no glob."""
+    if not glob.has_magic(path) or os.path.exists(path):
+        return path
+    parts = Path(path).parts
+    return str(Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))]))
+
+
 def find_standard_library() -> list[Path]:
     """Return the source files of the Python standard library, without installed packages, sorted."""
     skipped = {"site-packages", "dist-packages", "__pycache__"}

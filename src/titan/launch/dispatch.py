@@ -12,6 +12,7 @@ from titan.config.keys import flatten, override
 from titan.config.load import load_config, save_config
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem
+from titan.launch.jobs import live_job
 from titan.log import logger
 from titan.run_directory import RunDirectory, write_atomically
 
@@ -45,7 +46,8 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
         Whether the run is new, goes on, or is complete already, in which case nothing was written.
 
     Raises:
-        ConfigError: If the directory holds another run, which this config would not continue.
+        ConfigError: If the directory holds another run, which this config would not continue, or a job has it that
+            has not ended.
     """
     try:
         found = _continue_run(config, directory) if directory.config.exists() else Frozen.new
@@ -86,6 +88,16 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
         raise ConfigError([_refuse(group, refused, changes, directory) for group in _groups(refused)])
     if directory.is_complete(config.training.steps):
         return Frozen.complete
+    if (job := live_job(directory)) is not None:
+        raise ConfigError(
+            [
+                Problem(
+                    f"run.dir = {directory.path} belongs to job {job}, which has not ended",
+                    "Two jobs would write to the same files.",
+                    f"scancel {job}   or  run.dir=ANOTHER   for a new run",
+                )
+            ]
+        )
     for key, (old, new) in changes.items():
         logger.info(f"resuming with {key} = {new} (was {old})")
     return Frozen.continued

@@ -1,4 +1,4 @@
-"""Who am I? The only place that reads the environment variables of launchers and of devices.
+"""Who am I? The place that reads the environment variables by which launchers describe a rank, and those of devices.
 
 torchrun, titan's own local launcher, Kubernetes' training operators and submitit all describe a rank with the same
 few variables. RANK decides whether this process *is* a rank. SLURM's variables are translated into those, and only
@@ -7,6 +7,7 @@ where srun has started several tasks: most of them are also set in the shell of 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -97,9 +98,9 @@ def adopt_slurm_step(is_rank: bool = False) -> None:
         "LOCAL_RANK": step("SLURM_LOCALID", "0"),
         "WORLD_SIZE": str(tasks),
         "LOCAL_WORLD_SIZE": str(counts[min(_number("SLURM_NODEID", 0), len(counts) - 1)]),
-        "MASTER_ADDR": step("MASTER_ADDR", first_host(nodes)),
-        # The same on every rank without asking, another one for every step and for jobs that share a node, and
-        # below the ports that Linux gives to outgoing connections.
+        "MASTER_ADDR": first_host(nodes),
+        # The same on every rank without asking, hardly ever the same for two jobs on one node, and below the ports that
+        # Linux gives to outgoing connections.
         "MASTER_PORT": step("MASTER_PORT", str(15000 + (job * 7 + _number("SLURM_STEP_ID", 0)) % 15000)),
     }
 
@@ -118,6 +119,7 @@ def expand_counts(text: str) -> list[int]:
     return counts
 
 
+@functools.cache
 def slurm_gpus(partition: str | None) -> int | None:
     """Return the GPUs that each node of a partition has; None where SLURM does not say, or they differ."""
     if shutil.which("sinfo") is None:
@@ -129,7 +131,7 @@ def slurm_gpus(partition: str | None) -> int | None:
     except (OSError, subprocess.SubprocessError):
         return None
     # gpu:4, gpu:h100:8(S:0-1), or several with commas between; * marks the partition that is the default
-    lines = [line.split() for line in listed.splitlines()]
+    lines = [words for words in map(str.split, listed.splitlines()) if len(words) == 2]
     found = {
         sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)", resources))
         for resources, name in lines
@@ -172,9 +174,12 @@ def threads_per_rank(ranks: int) -> int:
     OpenMP takes a list too, one number a nesting level, and ignores what it cannot read.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    cores = len(os.sched_getaffinity(0))
     if not wanted.isdigit() and "SLURM_STEP_ID" in os.environ:
         wanted = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return max(1, int(wanted) if wanted.isdigit() else len(os.sched_getaffinity(0)) // ranks)
+        if cores < _number("SLURM_CPUS_ON_NODE", 0):  # this task has cores of its own
+            ranks = 1
+    return max(1, int(wanted) if wanted.isdigit() else cores // ranks)
 
 
 def launcher_pid() -> int | None:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from titan.errors import PeerLost, RanksFailed, Stopped, TitanError
@@ -33,7 +33,11 @@ class Interrupted(TitanError):
 
 
 def launch_local(
-    directory: RunDirectory, ranks: int, grace_seconds: float, command: Sequence[str] = ("titan.worker",)
+    directory: RunDirectory,
+    ranks: int,
+    grace_seconds: float,
+    command: Sequence[str] = ("titan.worker",),
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Start ranks and wait for them.
 
@@ -42,6 +46,7 @@ def launch_local(
         ranks: How many.
         grace_seconds: How long the ranks may take to save and end, once this process is told to stop.
         command: The module that each rank runs, and its arguments before the path of the config.
+        environment: More variables for the ranks.
 
     Raises:
         RanksFailed: If a rank failed; names the first that did, and carries its exit code.
@@ -67,14 +72,17 @@ def launch_local(
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # the others are the forwarder's
     )
     before = dict(os.environ)
+    os.environ |= environment or {}
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     os.environ["TITAN_LAUNCHER_PID"] = str(os.getpid())
-    forwarder = Forwarder(grace_seconds)
+    forwarder, before_run = Forwarder(grace_seconds), directory.read_status()
     try:
         with forwarder:
             elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
     except ChildFailedError as error:
-        raise _explain(error, directory, forwarder.told) from None
+        if (status := directory.read_status()) != before_run and status.get("state") == "preempted":
+            raise Stopped(status["signal"], status["step"], status["is_saved"]) from None
+        raise _explain(error, directory) from None
     except SignalException as error:
         raise Interrupted(forwarder.told or int(error.sigval)) from None
     finally:
@@ -83,11 +91,7 @@ def launch_local(
         notes.cleanup()
 
 
-def _explain(error: ChildFailedError, directory: RunDirectory, told: int) -> RanksFailed | Stopped:
-    status = directory.read_status()
-    if status.get("state") == "preempted":
-        name = signal.Signals(told).name if told else status.get("signal", "a signal to a rank")
-        return Stopped(name, status["step"], status["is_saved"])
+def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
     rank, failure = min(error.failures.items(), key=lambda item: _precedence(item[1]))
     message = _exception_of(failure)
     if not message:

@@ -17,7 +17,10 @@ import select
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+
+from titan.errors import Stopped
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before a job's end."""
@@ -76,7 +79,10 @@ class OrderlyTermination:
 
     def __exit__(self, *exception: object) -> None:
         signal.set_wakeup_fd(self._wakeup_before)
-        signal.signal(signal.SIGTERM, self._before)
+        # A rank that has stopped in order is about to end by itself. The first to do so makes srun send SIGTERM to the
+        # others, and one that dies of it would hide the exit code of all.
+        has_stopped = isinstance(exception[1], Stopped)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if has_stopped else self._before)
         os.write(self._in, _END)  # closing it would not do: a data-loader worker may have it too
         self._thread.join()
         os.close(self._in)
@@ -84,9 +90,10 @@ class OrderlyTermination:
 
     def _watch(self) -> None:
         is_told = False
+        poll = select.poll()  # select() knows only the first 1024 files of a process
+        poll.register(self._out, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._out], [], [], _POLL_SECONDS if is_told else None)
-            if ready:
+            if poll.poll(1000 * _POLL_SECONDS if is_told else None):
                 numbers = os.read(self._out, 64)
                 if _END in numbers:
                     return
@@ -132,20 +139,23 @@ class Forwarder:
             if not self.told:
                 continue
             if round(waited / _POLL_SECONDS) % round(1 / _POLL_SECONDS) == 0:
-                tell_children(signal.SIGUSR1)
+                tell_ranks(signal.SIGUSR1)
             waited += _POLL_SECONDS
             if waited > self.grace_seconds:
                 os.kill(os.getpid(), signal.SIGQUIT)
                 return
 
 
-def tell_children(number: signal.Signals) -> int:
-    """Send a signal to every child of this process; returns how many there were."""
+def tell_ranks(number: signal.Signals) -> int:
+    """Send a signal to every rank that this process has started; returns how many there were.
+
+    Other children, a notebook's for instance, may not know the signal and would die of it.
+    """
     told = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/{name}/stat") as file:
-            parent = file.read().rpartition(")")[2].split()[1]  # the name before it may hold anything
-            if int(parent) == os.getpid():
+        with contextlib.suppress(OSError, ValueError):
+            parent = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1]  # before it is a free name
+            if int(parent) == os.getpid() and b"\0RANK=" in b"\0" + Path(f"/proc/{name}/environ").read_bytes():
                 os.kill(int(name), number)
                 told += 1
     return told

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Collection
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -23,16 +24,23 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.run import main as torchrun
 
 from titan.errors import Stopped
-from titan.launch.signals import tell_children
+from titan.launch.signals import tell_ranks
+
+_TELL_SECONDS = 1.0
+_END_SECONDS = 2.0
+"""How long torchrun may take to see that its ranks have ended, and to end with their exit code."""
 
 
 def pass_on(signals: int) -> None:
-    """Send every SIGTERM to the ranks; where none has started yet, there is nothing to save."""
-    while number := os.read(signals, 1)[0]:
-        if number != signal.SIGTERM:
-            continue
-        if not tell_children(signal.SIGTERM):
-            os._exit(Stopped.exit_code)
+    """After a SIGTERM, tell the ranks, again and again: torchrun may restart them once they have saved and ended.
+
+    Where there are none, or none any more, there is nothing left to do.
+    """
+    while os.read(signals, 1)[0] != signal.SIGTERM:
+        pass
+    while tell_ranks(signal.SIGTERM) or (time.sleep(_END_SECONDS), tell_ranks(signal.SIGTERM))[1]:
+        time.sleep(_TELL_SECONDS)
+    os._exit(Stopped.exit_code)
 
 
 def exit_code(failures: Collection[ProcessFailure]) -> int:
