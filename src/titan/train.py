@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -148,20 +149,23 @@ class Command:
                 os._exit(last.exit_code)
         if last.exit_code in _TOLD_TO_STOP:
             sys.exit(last.exit_code)  # or the next point of a sweep would start
-        return _last_loss(last)
+        result = _result(last, HydraConfig.get())
+        if isinstance(result, TitanError):
+            raise result
+        return result
 
-    def submit_points(self, points: list[DictConfig]) -> list[float | None]:
-        """Check and submit all points of a sweep; called by titan's own launcher."""
+    def submit_points(self, points: list[DictConfig]) -> list[float | TitanError | None]:
+        """Check and submit all points of a sweep, for titan's own launcher; returns last losses, or failures."""
         self.is_composed = True
         with _hydra_shows_tracebacks(None):
             try:
                 wanted = [read_point(composed, self.arguments) for composed in points]
-                sweeper = str(points[0].hydra.sweeper._target_).rpartition(".")[2]
-                if sweeper != "BasicSweeper" and not wanted[0].config.cluster.wait:
+                settings = points[0].hydra
+                if learns_from_losses(settings) and not wanted[0].config.cluster.wait:
                     raise ConfigError(
                         [
                             Problem(
-                                f"{sweeper} chooses points by the losses of others, but nobody waits for those",
+                                f"{settings.sweeper._target_} chooses points by others' losses, which nobody waits for",
                                 "cluster=slurm submits and returns.",
                                 "cluster.wait=true",
                             )
@@ -170,12 +174,17 @@ class Command:
                 self.outcomes += submit_points(wanted)
             except TitanError as error:
                 _exit_with(error)
-        return [_last_loss(outcome) for outcome in self.outcomes[-len(points) :]]
+        return [_result(outcome, settings) for outcome in self.outcomes[-len(points) :]]
 
 
 def is_sweep(arguments: Namespace) -> bool:
     """Whether the command line asks for several points."""
     return arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides
+
+
+def learns_from_losses(settings: DictConfig | HydraConf) -> bool:
+    """Whether Hydra's sweeper is one that chooses points by what came of others."""
+    return "BasicSweeper" not in str(settings.sweeper._target_)
 
 
 def check_points(arguments: Namespace) -> None:
@@ -321,7 +330,10 @@ def _explain(error: Exception, overrides: list[str], arguments: Namespace) -> li
     )
 
 
-def _last_loss(outcome: Outcome) -> float | None:
+def _result(outcome: Outcome, settings: DictConfig | HydraConf) -> float | TitanError | None:
+    """Return what Hydra's sweeper is to know of a point: its last loss; or its failure, if it would learn from it."""
+    if outcome.exit_code and learns_from_losses(settings):
+        return TitanError(f"{outcome.directory} ended with exit code {outcome.exit_code}")
     return RunDirectory(outcome.directory).read_status().get("loss")
 
 

@@ -82,7 +82,8 @@ def test_requeues_are_bounded(slurm: Cluster, job: tuple[str, ...], here: Path) 
     assert slurm.field(number, "ExitCode") == "75:0"
     status = RunDirectory(here / "run").read_status()
     assert (status["state"], status["is_saved"]) == ("preempted", True)
-    assert "cluster.max_requeues=0" in "".join(path.read_text() for path in here.glob("run/slurm/*.out"))
+    said = "".join(path.read_text() for path in here.glob("run/slurm/*.out"))
+    assert "has come back 0 times, and may not again; the same command goes on" in said
 
 
 def test_a_time_limit_is_survived(slurm: Cluster, job: tuple[str, ...], here: Path, undisturbed: Path) -> None:

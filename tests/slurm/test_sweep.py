@@ -173,3 +173,19 @@ def test_optuna_learns_from_a_waiting_launcher(slurm: Cluster, job: tuple[str, .
     losses = [results(here / "sweep" / str(point))[-1][1] for point in range(3)]
     best = (here / "sweep" / "optimization_results.yaml").read_text()
     assert float(re.search(r"best_value: (\S+)", best).group(1)) == pytest.approx(min(losses), rel=1e-9)  # type: ignore[union-attr]
+
+
+def test_optuna_survives_a_point_that_fails(slurm: Cluster, job: tuple[str, ...], here: Path) -> None:
+    """A failed point is a failed trial; the study goes on as far as the user allows."""
+    finished = slurm.titan(
+        *(*job, "--multirun", "cluster=slurm", "cluster.wait=true", "hydra/sweeper=optuna", "run.dir=sweep"),
+        *("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=4", "hydra.sweeper.max_failure_rate=0.8"),
+        *("hydra.sweeper.sampler.seed=1", "optimizer.lr=choice(0.001,1e30)", "training.max_grad_norm=0"),
+        *("lr_scheduler.warmup_steps=0", "training.steps=4"),
+        folder=here,
+    )
+    assert finished.code == 71, finished.text
+    assert "Traceback" not in finished.text
+    states = [RunDirectory(here / "sweep" / str(point)).read_status()["state"] for point in range(4)]
+    assert set(states) == {"complete", "failed"}
+    assert "optimizer.lr: 0.001" in (here / "sweep" / "optimization_results.yaml").read_text()

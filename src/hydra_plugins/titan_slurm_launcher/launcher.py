@@ -33,14 +33,13 @@ class TitanSlurmLauncher(Launcher):
         # Hydra's sweeper composes every point to see whether it can be, and throws the result away: a tenth of a second
         # each. Kept here, it need not be made again.
         loader = hydra_context.config_loader
-        compose, self._composed = loader.load_sweep_config, dict[tuple[str, ...], DictConfig]()
+        self._compose, self._composed = loader.load_sweep_config, dict[tuple[str, ...], DictConfig]()
 
         def load_sweep_config(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
-            composed = self._composed[tuple(sweep_overrides)] = compose(master_config, sweep_overrides)
+            composed = self._composed[tuple(sweep_overrides)] = self._compose(master_config, sweep_overrides)
             return composed
 
         loader.load_sweep_config = load_sweep_config  # type: ignore[method-assign]
-        self._compose = load_sweep_config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Compose all points, have them submitted, and return the last loss of each where titan waits for it."""
@@ -49,18 +48,17 @@ class TitanSlurmLauncher(Launcher):
             raise HydraException("hydra/launcher=titan_slurm starts titan.train and nothing else")
         points = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
+            # popped, for the same overrides may come twice, and each point is an object of its own
             composed = self._composed.pop(tuple(overrides), None) or self._compose(self.config, list(overrides))
             with open_dict(composed):
                 composed.hydra.job.id = composed.hydra.job.num = number
                 folder = Path(str(composed.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)
                 composed.hydra.runtime.output_dir = str(folder.absolute())
             points.append(composed)
-        losses = submit_points(points)
         returns = []
-        for overrides, composed, loss in zip(job_overrides, points, losses, strict=True):
-            returns.append(
-                JobReturn(overrides=list(overrides), cfg=composed, status=JobStatus.COMPLETED, _return_value=loss)
-            )
+        for overrides, composed, result in zip(job_overrides, points, submit_points(points), strict=True):
+            status = JobStatus.FAILED if isinstance(result, Exception) else JobStatus.COMPLETED
+            returns.append(JobReturn(overrides=list(overrides), cfg=composed, status=status, _return_value=result))
         return returns
 
 

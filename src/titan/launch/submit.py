@@ -6,6 +6,7 @@ A run here is one that is wanted and checked, alone or as a point of a sweep.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -146,19 +147,22 @@ def _as_before_on_failure(points: list[Point]) -> Iterator[None]:
     """Put the configs of run directories back, and take new directories away, where nothing was submitted."""
     before = []
     for directory in (point.directory for point in points):
-        files = (directory.config, directory.overrides)
-        texts = {file: file.read_bytes() if file.exists() else None for file in files}
-        before.append((directory, directory.path.exists(), texts, len(directory.read_events("submit"))))
+        files = [file for file in (directory.config, directory.overrides) if file.exists()]
+        kept = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+        before.append((directory, directory.path.exists(), kept, len(directory.read_events("submit"))))
     try:
         yield
     except BaseException as error:
         if not (isinstance(error, slurm.SubmissionFailed) and error.may_be_submitted):
-            for directory, was_there, texts, submitted in before:
+            for directory, was_there, kept, submitted in before:
                 if len(directory.read_events("submit")) > submitted:
                     continue
                 if not was_there:
                     shutil.rmtree(directory.path, ignore_errors=True)
                     continue
-                for file, text in texts.items():
-                    file.unlink(missing_ok=True) if text is None else file.write_bytes(text)
+                for file in (directory.config, directory.overrides):
+                    file.unlink(missing_ok=True)
+                for file, (text, written) in kept.items():
+                    file.write_bytes(text)
+                    os.utime(file, ns=(written, written))  # what is newer than the config is of its run
         raise
