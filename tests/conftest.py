@@ -19,6 +19,10 @@ from .support.command import TINY, Finished, clean_environment, finish, start
 
 Command = Callable[..., Finished]
 
+# Compiling titan anew takes each process longer than all else that its front end does.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[Callable[[int], RankPool]]:

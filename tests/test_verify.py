@@ -54,6 +54,7 @@ def test_a_planted_error_turns_the_verdict(titan_process: Command, text_file: Pa
     assert {folder.name for folder in (here / "kept").iterdir()} == {"layout", "one_process"}
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_is_named_and_its_log_kept(titan_process: Command, text_file: Path) -> None:
     """What breaks is no verdict: the error, and where to read on."""
     finished = parity(titan_process, text_file, PYTHONPATH=str(FAULT), PLANTED_FAULT="error:1:1")

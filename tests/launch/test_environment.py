@@ -35,6 +35,15 @@ def test_a_rank_is_what_its_launcher_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert (current_machine().started_ranks, current_machine().started_ranks_per_node) == (4, 2)
 
 
+def test_a_pod_of_an_operator_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubeflow describes a pod of one device with fewer variables than torchrun: it is the only rank of its machine."""
+    pod = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "titan-master-0", "MASTER_PORT": "23456"}
+    for name, value in pod.items():
+        monkeypatch.setenv(name, value)
+    assert current_rank() == Rank(rank=2, local_rank=0, world_size=4, local_world_size=1, attempt=0, has_store=True)
+    assert (current_machine().started_ranks, current_machine().started_ranks_per_node) == (4, 1)
+
+
 def test_the_shell_of_an_allocation_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """SLURM's variables alone, as in an interactive allocation, do not make a process a rank."""
     for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID"):

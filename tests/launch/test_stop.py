@@ -57,7 +57,7 @@ def started_and_at_work(process: Started, here: Path) -> None:
     ("ranks", "number"),
     [
         (1, signal.SIGTERM),
-        (2, signal.SIGTERM),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
         *(
             pytest.param(ranks, number, marks=pytest.mark.slow)
             for ranks in (1, 2)

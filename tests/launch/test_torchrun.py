@@ -91,6 +91,7 @@ def test_sigterm_lets_the_ranks_save(rank: str, tmp_path: Path) -> None:
     assert stopped([*WRAPPER], rank, tmp_path, 1) == (75, {"saved_0", "saved_1"})
 
 
+@pytest.mark.slow
 def test_ranks_that_have_saved_are_not_started_again(rank: str, tmp_path: Path) -> None:
     """With restarts allowed, torchrun would take 75 for a crash and train on, told by nobody."""
     assert stopped([*WRAPPER, "--max-restarts=3"], rank, tmp_path, 1) == (75, {"saved_0", "saved_1"})

@@ -27,10 +27,10 @@ def count_graphs(world_size: int, overrides: tuple[str, ...], packed: Path) -> i
     "layout",
     [
         mesh(dp_shard=2),
-        mesh(tp=2),
-        mesh(cp=2),
+        pytest.param(mesh(tp=2), marks=pytest.mark.slow),
+        pytest.param(mesh(cp=2), marks=pytest.mark.slow),
         (*mesh(tp=2), "activation_checkpoint=full"),
-        (*mesh(tp=2), "activation_checkpoint=selective"),
+        pytest.param((*mesh(tp=2), "activation_checkpoint=selective"), marks=pytest.mark.slow),
         (*mesh(dp_shard=2), "data.mask_documents=true"),
         (*mesh(pp=2), "training.local_batch_size=4"),
     ],

@@ -48,13 +48,13 @@ GOLDEN_LAYOUTS = [
     (1, mesh()),
     (2, mesh(dp_shard=2)),
     (4, mesh(dp_shard=4)),
-    (4, mesh(dp_replicate=2, dp_shard=2)),
+    pytest.param(4, mesh(dp_replicate=2, dp_shard=2), marks=pytest.mark.slow),
     (2, mesh(dp_replicate=2)),
     (2, mesh(tp=2)),
     (2, mesh(cp=2)),
     (2, (*mesh(cp=2), *options("cp_method=ring"))),
     (2, mesh(pp=2)),
-    (4, mesh(pp=2, tp=2)),
+    pytest.param(4, mesh(pp=2, tp=2), marks=pytest.mark.slow),
     pytest.param(16, mesh(pp=2, dp_shard=2, cp=2, tp=2), marks=pytest.mark.slow),
 ]
 

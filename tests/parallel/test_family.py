@@ -31,7 +31,7 @@ FAMILY = "model.family=tests.support.toy_family:TOY"
         (2, mesh(pp=2)),
         (2, (*mesh(cp=2), "data.mask_documents=true")),
         (2, (*mesh(dp_shard=2), "activation_checkpoint=selective")),
-        (4, mesh(pp=2, tp=2)),
+        pytest.param(4, mesh(pp=2, tp=2), marks=pytest.mark.slow),
         pytest.param(16, mesh(pp=2, dp_shard=2, cp=2, tp=2), marks=pytest.mark.slow),
     ],
 )
