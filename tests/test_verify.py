@@ -39,6 +39,7 @@ def test_a_layout_that_is_the_same(titan_process: Command, text_file: Path, here
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_planted_error_turns_the_verdict(titan_process: Command, text_file: Path, here: Path) -> None:
     """Gradients one hundredth too large on one rank: exit code 1, and the parameter that shows it most."""
     finished = parity(

@@ -43,7 +43,7 @@ class Case:
     @property
     def is_slow(self) -> bool:
         """Whether it waits for `make test-slow`."""
-        limit = 4 if self.kind in ("one axis", "two axes") else 2
+        limit = 4 if self.kind == "two axes" else 2
         return self.world_size > limit or "compile=inductor" in self.overrides
 
 
