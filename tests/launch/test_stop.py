@@ -35,15 +35,18 @@ def results(directory: Path) -> list[tuple[int, float, float]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path, text_file: Path) -> dict[int, Path]:
-    """Complete runs of one and of two ranks."""
-    runs = {}
-    for ranks in (1, 2):
-        folder = tmp_path_factory.mktemp(f"undisturbed{ranks}")
-        arguments = ["-m", "titan.train", *RUN, f"data.path={text_file}", f"cluster.devices_per_node={ranks}"]
-        finished = finish(start(arguments, folder, clean_environment(cache)))
-        assert finished.code == 0, finished.text
-        runs[ranks] = folder / "run"
-    return runs
+    """Return complete runs of so many ranks, each made when first asked for."""
+
+    class Runs(dict[int, Path]):
+        def __missing__(self, ranks: int) -> Path:
+            folder = tmp_path_factory.mktemp(f"undisturbed{ranks}")
+            arguments = ["-m", "titan.train", *RUN, f"data.path={text_file}", f"cluster.devices_per_node={ranks}"]
+            finished = finish(start(arguments, folder, clean_environment(cache)))
+            assert finished.code == 0, finished.text
+            self[ranks] = folder / "run"
+            return self[ranks]
+
+    return Runs()
 
 
 def started_and_at_work(process: Started, here: Path) -> None:
@@ -57,11 +60,11 @@ def started_and_at_work(process: Started, here: Path) -> None:
     ("ranks", "number"),
     [
         (1, signal.SIGTERM),
-        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
         *(
             pytest.param(ranks, number, marks=pytest.mark.slow)
             for ranks in (1, 2)
-            for number in (signal.SIGUSR1, signal.SIGUSR2)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            if (ranks, number) != (1, signal.SIGTERM)
         ),
     ],
 )
@@ -93,6 +96,7 @@ def test_a_signal_stops_in_order_and_the_same_command_goes_on(
     assert results(here / "run") == results(undisturbed[ranks])
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_kills_no_reader(
     here: Path, cache: Path, text_file: Path, undisturbed: dict[int, Path]
 ) -> None:
@@ -175,7 +179,8 @@ def test_torchrun_told_to_stop_saves(here: Path, cache: Path, text_file: Path, u
     assert results(here / "run") == results(undisturbed[2])
 
 
-@pytest.mark.parametrize("attempt", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in (1, 2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(4))
 def test_torchrun_restarts_from_the_last_checkpoint(
     here: Path, cache: Path, text_file: Path, undisturbed: dict[int, Path], attempt: int
 ) -> None:
