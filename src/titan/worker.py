@@ -281,6 +281,9 @@ def _tell_agent(error: BaseException) -> None:
     """Leave the error where the elastic agent looks for it, so that it can name the rank that failed first."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+    # The agent may be ending all ranks at this moment, and half a file would be the end of the agent itself. This rank
+    # ends in any case.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     get_error_handler().record_exception(error)
 
 

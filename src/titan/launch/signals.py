@@ -105,8 +105,7 @@ class OrderlyTermination:
 class Forwarder:
     """A context in which this process, told to stop, tells its children instead of ending.
 
-    It tells them again every second, for a child may have been started since, and sends itself SIGQUIT when the
-    grace is over.
+    It keeps looking for ranks that have been started since, and sends itself SIGQUIT when the grace is over.
 
     Args:
         grace_seconds: How long the children have.
@@ -133,29 +132,34 @@ class Forwarder:
         forget()
 
     def _forward(self) -> None:
-        waited = 0.0
+        waited, ranks = 0.0, set[int]()
         while not self._over.wait(_POLL_SECONDS):
             self.told = self.told or (signal.SIGTERM if self._term.is_set() else warning())
             if not self.told:
                 continue
-            if round(waited / _POLL_SECONDS) % round(1 / _POLL_SECONDS) == 0:
-                tell_ranks(signal.SIGUSR1)
+            tell_ranks(signal.SIGUSR1, ranks)
             waited += _POLL_SECONDS
             if waited > self.grace_seconds:
                 os.kill(os.getpid(), signal.SIGQUIT)
                 return
 
 
-def tell_ranks(number: signal.Signals) -> int:
-    """Send a signal to every rank that this process has started; returns how many there were.
+def tell_ranks(number: signal.Signals, told: set[int]) -> int:
+    """Send a signal to every rank that this process has started; returns how many there are.
 
     Other children, a notebook's for instance, may not know the signal and would die of it.
+
+    Args:
+        number: The signal.
+        told: Those that have had it, and do not get it twice; those that get it now are added.
     """
-    told = 0
+    ranks = 0
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError, ValueError):
             parent = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1]  # before it is a free name
             if int(parent) == os.getpid() and b"\0RANK=" in b"\0" + Path(f"/proc/{name}/environ").read_bytes():
-                os.kill(int(name), number)
-                told += 1
-    return told
+                ranks += 1
+                if int(name) not in told:
+                    told.add(int(name))
+                    os.kill(int(name), number)
+    return ranks

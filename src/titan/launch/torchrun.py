@@ -32,15 +32,19 @@ _END_SECONDS = 2.0
 
 
 def pass_on(signals: int) -> None:
-    """After a SIGTERM, tell the ranks, again and again: torchrun may restart them once they have saved and ended.
+    """After a SIGTERM, tell the ranks, and those after them: torchrun may restart them once they have saved and ended.
 
     Where there are none, or none any more, there is nothing left to do.
     """
     while os.read(signals, 1)[0] != signal.SIGTERM:
         pass
-    while tell_ranks(signal.SIGTERM) or (time.sleep(_END_SECONDS), tell_ranks(signal.SIGTERM))[1]:
-        time.sleep(_TELL_SECONDS)
-    os._exit(Stopped.exit_code)
+    told: set[int] = set()
+    while True:
+        while tell_ranks(signal.SIGTERM, told):
+            time.sleep(_TELL_SECONDS)
+        time.sleep(_END_SECONDS)
+        if not tell_ranks(signal.SIGTERM, told):
+            os._exit(Stopped.exit_code)
 
 
 def exit_code(failures: Collection[ProcessFailure]) -> int:
