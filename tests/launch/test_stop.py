@@ -18,6 +18,7 @@ from tests.support.command import (
     json_lines,
     kill_all,
     processes_with,
+    results,
     start,
     wait_until,
 )
@@ -26,11 +27,6 @@ from titan.run_directory import RunDirectory
 STEPS = 12
 RUN = (*TINY, f"training.steps={STEPS}", "checkpoint.interval=100", "metrics.log_every=1", "run.dir=run")
 SLOW = {"PYTHONPATH": str(FAULT), "PLANTED_FAULT": "slow:0:0.3"}
-
-
-def results(directory: Path) -> list[tuple[int, float, float]]:
-    """Return step, loss and gradient norm of every row, with all their bits."""
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in json_lines(directory / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")

@@ -12,18 +12,13 @@ import pytest
 
 from tests.slurm.cluster import Cluster, job_of
 from tests.slurm.conftest import STEPS
-from tests.support.command import Finished, json_lines, wait_until
+from tests.support.command import Finished, json_lines, results, wait_until
 from titan.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 SLOW = {"PLANTED_FAULT": "slow:0:0.4"}
 TWO_NODES = ("cluster=slurm", "cluster.nodes=2", "run.dir=run")
-
-
-def results(directory: Path) -> list[tuple[int, float, float]]:
-    """Return step, loss and gradient norm of every row, with all their bits."""
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in json_lines(directory / "metrics.jsonl")]
 
 
 def events(directory: Path, name: str) -> list[dict]:
@@ -45,6 +40,16 @@ def submitted(slurm: Cluster, job: tuple[str, ...], here: Path) -> tuple[str, Pa
     assert finished.code == 0, finished.text
     wait_until(lambda: is_at(here / "run", 4), "four steps", 120)
     return job_of(finished), here / "run"
+
+
+def preempt(slurm: Cluster, number: str) -> None:
+    """Have an urgent job take all nodes for a while, and wait until it and the job that it preempts are done."""
+    urgent = slurm.ask(
+        *("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"),
+        "--wrap=sleep 5",
+    ).strip()
+    slurm.wait_for_state(urgent, "COMPLETED")
+    slurm.wait_for_state(number, "COMPLETED")
 
 
 def finish_again(slurm: Cluster, job: tuple[str, ...], folder: Path) -> Finished:
@@ -101,12 +106,7 @@ def test_a_time_limit_is_survived(slurm: Cluster, job: tuple[str, ...], here: Pa
 def test_a_preemption_is_survived(slurm: Cluster, submitted: tuple[str, Path], undisturbed: Path, here: Path) -> None:
     """An urgent job takes the nodes; the run makes room, waits, and goes on."""
     number, run = submitted
-    urgent = slurm.ask(
-        *("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"),
-        "--wrap=sleep 5",
-    ).strip()
-    slurm.wait_for_state(urgent, "COMPLETED")
-    slurm.wait_for_state(number, "COMPLETED")
+    preempt(slurm, number)
     assert slurm.field(number, "Restarts") == "1"
     assert [event["signal"] for event in events(run, "signal")] == ["SIGUSR2"]
     assert results(run) == results(undisturbed)
@@ -121,12 +121,7 @@ def test_a_preemption_without_a_signal_is_survived(
         number = job_of(slurm.titan(*job, *TWO_NODES, folder=here, **SLOW))
         run = here / "run"
         wait_until(lambda: is_at(run, 4), "four steps", 120)
-        urgent = slurm.ask(
-            *("sbatch", "--parsable", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null"),
-            "--wrap=sleep 5",
-        ).strip()
-        slurm.wait_for_state(urgent, "COMPLETED")
-        slurm.wait_for_state(number, "COMPLETED")
+        preempt(slurm, number)
     assert slurm.field(number, "Restarts") == "1"
     assert [event["signal"] for event in events(run, "signal")] == ["SIGTERM"]
     assert results(run) == results(undisturbed)

@@ -16,12 +16,13 @@ from tests.support.command import (
     files_below,
     finish,
     json_lines,
+    results,
     start,
     wait_until,
 )
 from titan.run_directory import RunDirectory
 
-from .test_faults import SLOW, TWO_NODES, results
+from .test_faults import SLOW, TWO_NODES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

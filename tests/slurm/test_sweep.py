@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.support.command import finish, wait_until
+from tests.support.command import finish, results, wait_until
 from titan.run_directory import RunDirectory
 
-from .test_faults import SLOW, results
+from .test_faults import SLOW
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

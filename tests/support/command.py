@@ -150,3 +150,8 @@ def files_below(folder: Path) -> dict[str, float]:
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object a line."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def results(directory: Path) -> list[tuple[int, float, float]]:
+    """Return step, loss and gradient norm of every row, with all their bits."""
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in json_lines(directory / "metrics.jsonl")]

@@ -623,22 +623,22 @@ def check_environment(config: TitanConfig) -> Iterator[Problem]:
     for line in cluster.setup:
         for name in re.findall(r"(\w+)=", line):
             if _SECRET.search(name):
-                yield Problem(
-                    f"cluster.setup sets {name}, which looks like a secret, and a config is written to disk",
-                    "What the shell exports reaches the ranks without being written anywhere.",
-                    f"export {name}=...   in the shell, and leave it out here",
-                )
+                yield _secret(f"cluster.setup sets {name}, which", name)
     for name in cluster.environment:
         if _SECRET.search(name):
-            yield Problem(
-                f"cluster.environment.{name} looks like a secret, and a config is written to disk",
-                "What the shell exports reaches the ranks without being written anywhere.",
-                f"export {name}=...   in the shell, and leave it out here",
-            )
+            yield _secret(f"cluster.environment.{name}", name)
         elif not re.fullmatch(r"[A-Za-z_]\w*", name):
             yield Problem(
                 f"cluster.environment.{name} is not the name of a variable", suggestion="+cluster.environment.NAME=..."
             )
+
+
+def _secret(what: str, name: str) -> Problem:
+    return Problem(
+        f"{what} looks like a secret, and a config is written to disk",
+        "What the shell exports reaches the ranks without being written anywhere.",
+        f"export {name}=...   in the shell, and leave it out here",
+    )
 
 
 def check_profiling(config: TitanConfig) -> Iterator[Problem]:

@@ -109,10 +109,6 @@ class SlurmJob:
             return int(status.get("exit_code") or 1)
         return state.exit_code or 1
 
-    def cancel(self) -> None:
-        """End the job."""
-        _ask("scancel", self.id)
-
 
 def watch(jobs: Sequence[SlurmJob]) -> Iterator[tuple[SlurmJob, JobState | str]]:
     """Yield every new state of the jobs, and of a single one every new line of rank 0's log, until all are over."""
