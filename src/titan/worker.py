@@ -201,8 +201,9 @@ def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float 
     """
     import torch.distributed as dist
 
-    from titan.trainer.build import build_trainer, resume
+    from titan.trainer.build import build_trainer
     from titan.trainer.loop import fit
+    from titan.trainer.resume import resume
 
     device, packed = join_ranks(config, rank, store)
     trainer = build_trainer(config, device, packed)
@@ -257,7 +258,7 @@ def _report_stop(directory: RunDirectory, rank: Rank, stop: Stopped) -> int:
         logger.info(str(stop))
         directory.append_event("signal", signal=stop.signal_name, step=stop.step)
         directory.write_status(
-            "preempted", why=str(stop), step=stop.step, signal=stop.signal_name, is_saved=stop.is_saved
+            "preempted", why=str(stop), step=stop.step, signal=stop.signal_name, saved_step=stop.saved_step
         )
         directory.append_event("exit", code=stop.exit_code)
     # The first rank to leave may take the others with it, so none leaves before all is written; and then all leave at

@@ -217,3 +217,12 @@ def recover(folder: Path) -> list[str]:
             found.append(f"{path.name}: a save that was not finished, removed")
         shutil.rmtree(path, ignore_errors=True)
     return found
+
+
+def rename_aside(path: Path, prefix: str) -> Path:
+    """Rename a checkpoint so that it no longer counts; returns what it is called now."""
+    number = 0
+    while (aside := path.with_name(f"{prefix}_{path.name}{f'_{number}' * (number > 0)}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside

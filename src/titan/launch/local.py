@@ -81,7 +81,7 @@ def launch_local(
             elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
     except ChildFailedError as error:
         if (status := directory.read_status()) != before_run and status.get("state") == "preempted":
-            raise Stopped(status["signal"], status["step"], status["is_saved"]) from None
+            raise Stopped(status["signal"], status["step"], status["saved_step"]) from None
         raise _explain(error, directory) from None
     except SignalException as error:
         raise Interrupted(forwarder.told or int(error.sigval)) from None

@@ -1,0 +1,196 @@
+"""Going on with a run, or beginning one from weights that are there already."""
+
+from __future__ import annotations
+
+import uuid
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from titan.checkpoint.files import read_metadata, tensor_infos
+from titan.checkpoint.manifest import NAME, Damaged, Manifest
+from titan.checkpoint.state import (
+    MODEL,
+    OPTIMIZER,
+    create_optimizer_state,
+    fill_copies,
+    optimizer_state,
+    rng_name,
+    rng_state,
+    set_rng_state,
+    weights_state,
+)
+from titan.checkpoint.store import CONFIG, CheckpointStore, Saved
+from titan.config.continuation import changed_keys, refused_keys
+from titan.config.keys import override
+from titan.config.load import load_config
+from titan.config.schema import CheckpointContent
+from titan.errors import CheckpointError, ConfigError, Problem
+from titan.log import logger
+from titan.trainer.build import Trainer
+from titan.trainer.saving import describe_data
+from titan.trainer.state import TrainState
+
+
+def resume(trainer: Trainer) -> None:
+    """Go on from the newest whole checkpoint of the run, if it has one; else take `initial_load`, if that is set.
+
+    Raises:
+        CheckpointError: If there are checkpoints but none can be used, or one does not fit.
+        ConfigError: If the newest was saved by a run that this config would not continue.
+    """
+    settings, store = trainer.config.checkpoint, trainer.store
+    saved = None
+    if store is not None:
+        run = _from_first_rank(trainer.directory.read_identity)
+        saved = store.find(run)
+        _identify(trainer, run, saved)
+        if saved is not None:
+            _check_continues(trainer, saved)
+            load_checkpoint(trainer, store, saved.path, saved.manifest, CheckpointContent.all)
+            logger.info(f"resumed at step {trainer.state.step}")
+    if saved is None and settings.initial_load is not None:
+        load_initial(trainer, Path(settings.initial_load))
+
+
+def load_checkpoint(
+    trainer: Trainer,
+    store: CheckpointStore,
+    folder: Path,
+    manifest: Manifest,
+    content: CheckpointContent,
+    exclude: list[str] = [],  # noqa: B006 (never changed)
+) -> None:
+    """Fill the trainer from a checkpoint that has been verified, on any mesh.
+
+    Args:
+        trainer: Built.
+        store: Whose ranks load together.
+        folder: The checkpoint's.
+        manifest: Its.
+        content: What to take; all takes optimizer, generators, step and tokens too.
+        exclude: Patterns of names of tensors to leave alone.
+
+    Raises:
+        CheckpointError: If it does not fit.
+    """
+    takes_all = content is CheckpointContent.all
+    state = weights_state(trainer.parameters)
+    if takes_all and not any(fnmatchcase(OPTIMIZER, pattern) for pattern in exclude):
+        if not trainer.optimizer.state:
+            create_optimizer_state(trainer.optimizer)
+        state |= optimizer_state(trainer.parameters, trainer.optimizer)
+    has_all = len(state) > len(trainer.parameters)
+    state = {name: tensor for name, tensor in state.items() if not _fits_any(name, exclude)}
+    prefixes = tuple(prefix for prefix in (MODEL, OPTIMIZER) if not exclude and (takes_all or prefix == MODEL))
+    # the generators are those of ranks; on another mesh there are others, and nothing that they draw is missed
+    is_same_mesh = takes_all and manifest.mesh == trainer.mesh.degrees
+    generators = _generators(folder) if is_same_mesh and not exclude else None
+    store.load(folder, state | (generators or {}), prefixes, can_cast=not takes_all)
+    fill_copies(trainer.parameters, trainer.optimizer if has_all else None)
+    for tensor in (generators or {}).values():
+        set_rng_state(tensor)
+    if takes_all:
+        trainer.state = TrainState(step=manifest.step, tokens=manifest.tokens)
+
+
+def load_initial(trainer: Trainer, folder: Path) -> None:
+    """Begin a run from a checkpoint of another.
+
+    Raises:
+        CheckpointError: If it is damaged or does not fit.
+    """
+    settings = trainer.config.checkpoint
+    store = trainer.store or CheckpointStore(folder.parent, settings)
+    manifest = verify_foreign(store, folder)
+    if manifest.content == "weights" and settings.initial_content is CheckpointContent.all:
+        raise CheckpointError(
+            f"{folder} holds weights alone, but checkpoint.initial_content = all\n  Try  "
+            "checkpoint.initial_content=weights"
+        )
+    load_checkpoint(trainer, store, folder, manifest, settings.initial_content, settings.exclude)
+    what = "weights" if settings.initial_content is CheckpointContent.weights else f"all of step {manifest.step}"
+    logger.info(
+        f"initial load: {what} of {folder}" + f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
+    )
+
+
+def verify_foreign(store: CheckpointStore, folder: Path) -> Manifest:
+    """Return the manifest of a checkpoint that is not this run's, once all ranks together have verified it.
+
+    One without a manifest, of another program that writes PyTorch's format, is taken for its weights, unverified.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    if not (folder / NAME).exists():
+        infos = tensor_infos(read_metadata(folder))
+        if not any(name.startswith(MODEL) for name in infos):
+            raise CheckpointError(f"{folder} has no tensor whose name begins with {MODEL}")
+        logger.warning(f"{folder} has no {NAME}: it cannot be verified")
+        return Manifest(0, 0, "weights", "", {})
+    try:
+        manifest = Manifest.read(folder)
+    except Damaged as error:
+        raise CheckpointError(f"{folder} is damaged: {error}") from error
+    if wrong := store.check(Saved(manifest, folder)):
+        raise CheckpointError(f"{folder} is damaged: {'; '.join(wrong)}")
+    return manifest
+
+
+def _generators(folder: Path) -> dict[str, Tensor] | None:
+    name = rng_name(dist.get_rank())
+    info = tensor_infos(read_metadata(folder)).get(name)
+    if info is None:
+        return None
+    return {name: rng_state().new_zeros(info.shape)}
+
+
+def _check_continues(trainer: Trainer, saved: Saved) -> None:
+    """Hold the config and the data of a checkpoint against the run's."""
+    before = load_config(saved.path / CONFIG)
+    changes = changed_keys(before, trainer.config)
+    if refused := refused_keys(changes):
+        lines = [f"{override(key, changes[key][1])}, but it has {override(key, changes[key][0])}" for key in refused]
+        raise ConfigError(
+            [
+                Problem(
+                    f"{saved.path} was saved by a run that this config does not continue",
+                    "\n".join(lines),
+                    " ".join(override(key, changes[key][0]) for key in refused) + "   or  run.dir=ANOTHER",
+                )
+            ]
+        )
+    now = describe_data(trainer)
+    if saved.manifest.data.get("digest") != now["digest"]:
+        raise ConfigError(
+            [
+                Problem(
+                    f"data.path = {trainer.config.data.path} has changed since step {saved.manifest.step} was saved",
+                    f"It made {saved.manifest.data.get('tokens', 0):,} tokens then and makes {now['tokens']:,} now, "
+                    "so every row would be another.",
+                    f"run.dir=ANOTHER checkpoint.initial_load={saved.path} checkpoint.initial_content=all",
+                )
+            ]
+        )
+
+
+def _identify(trainer: Trainer, run: str, saved: Saved | None) -> None:
+    """Give the run an identity, which its checkpoints carry: the one it has, or that of what it goes on from."""
+    new = run or (saved.manifest.run if saved is not None else "") or uuid.uuid4().hex
+    trainer.run_identity = _from_first_rank(lambda: new)
+    if not run and dist.get_rank() == 0:
+        trainer.directory.write_identity(trainer.run_identity)
+
+
+def _from_first_rank(read: Any) -> str:
+    found: list[Any] = [read() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _fits_any(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
