@@ -7,10 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan.checkpoint.files import read_metadata, tensor_infos
+from titan.checkpoint.files import TensorInfo, read_metadata, tensor_infos
 from titan.checkpoint.manifest import NAME, Damaged, Manifest
 from titan.checkpoint.state import (
     MODEL,
@@ -19,7 +20,6 @@ from titan.checkpoint.state import (
     fill_copies,
     optimizer_state,
     rng_name,
-    rng_state,
     set_rng_state,
     weights_state,
 )
@@ -78,20 +78,21 @@ def load_checkpoint(
         CheckpointError: If it does not fit.
     """
     takes_all = content is CheckpointContent.all
+    infos = tensor_infos(read_metadata(folder))
+    has_optimizer = any(name.startswith(OPTIMIZER) and not _fits_any(name, exclude) for name in infos)  # not at step 0
     state = weights_state(trainer.parameters)
-    if takes_all and not any(fnmatchcase(OPTIMIZER, pattern) for pattern in exclude):
+    if takes_all and has_optimizer:
         if not trainer.optimizer.state:
             create_optimizer_state(trainer.optimizer)
         state |= optimizer_state(trainer.parameters, trainer.optimizer)
-    has_all = len(state) > len(trainer.parameters)
     state = {name: tensor for name, tensor in state.items() if not _fits_any(name, exclude)}
     prefixes = tuple(prefix for prefix in (MODEL, OPTIMIZER) if not exclude and (takes_all or prefix == MODEL))
     # the generators are those of ranks; on another mesh there are others, and nothing that they draw is missed
     is_same_mesh = takes_all and manifest.mesh == trainer.mesh.degrees
-    generators = _generators(folder) if is_same_mesh and not exclude else None
-    store.load(folder, state | (generators or {}), prefixes, can_cast=not takes_all)
-    fill_copies(trainer.parameters, trainer.optimizer if has_all else None)
-    for tensor in (generators or {}).values():
+    generators = _generators(infos) if is_same_mesh and not exclude else {}
+    store.load(folder, state | generators, prefixes, can_cast=not takes_all)
+    fill_copies(trainer.parameters, trainer.optimizer if takes_all and has_optimizer else None)
+    for tensor in generators.values():
         set_rng_state(tensor)
     if takes_all:
         trainer.state = TrainState(step=manifest.step, tokens=manifest.tokens)
@@ -141,12 +142,10 @@ def verify_foreign(store: CheckpointStore, folder: Path) -> Manifest:
     return manifest
 
 
-def _generators(folder: Path) -> dict[str, Tensor] | None:
+def _generators(infos: dict[str, TensorInfo]) -> dict[str, Tensor]:
+    """Return something to read this rank's generators into, if the checkpoint has them."""
     name = rng_name(dist.get_rank())
-    info = tensor_infos(read_metadata(folder)).get(name)
-    if info is None:
-        return None
-    return {name: rng_state().new_zeros(info.shape)}
+    return {name: torch.zeros(infos[name].shape, dtype=torch.uint8)} if name in infos else {}
 
 
 def _check_continues(trainer: Trainer, saved: Saved) -> None:
