@@ -20,7 +20,7 @@ from titan.checkpoint.manifest import Manifest
 from titan.checkpoint.state import optimizer_state, rng_name, rng_state, weights_state
 from titan.checkpoint.store import CheckpointStore, Saved
 from titan.config.load import config_text
-from titan.config.schema import CheckpointContent, CheckpointMode
+from titan.config.schema import CheckpointConfig, CheckpointContent, CheckpointMode
 from titan.errors import StorageError
 from titan.log import logger
 from titan.metrics.meter import Meter
@@ -52,7 +52,7 @@ class Saver:
 
     def __init__(self, trainer: Trainer, meter: Meter) -> None:
         self.trainer, self.meter = trainer, meter
-        self.settings = trainer.config.checkpoint
+        self.settings: CheckpointConfig = trainer.config.checkpoint
         self.store = trainer.store
         self.saved_step = self._newest()
         self.failures = 0

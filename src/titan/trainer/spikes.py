@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from titan.config.schema import CheckpointContent, OnSpike
+from titan.config.schema import CheckpointContent, FaultToleranceConfig, OnSpike
 from titan.errors import NonFiniteError
 from titan.log import logger
 from titan.trainer.build import Trainer
@@ -34,7 +34,7 @@ class Ledger:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.settings = trainer.config.fault_tolerance
+        self.settings: FaultToleranceConfig = trainer.config.fault_tolerance
         found: list[Any] = [trainer.directory.read_ledger() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found)
         self.spikes = len(found[0])
