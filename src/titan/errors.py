@@ -5,6 +5,7 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
 
     TitanError            1   anything below, and a rank that crashed
     ├── ConfigError       2   the config or the command is wrong; nothing was started or changed
+    ├── CommandError      2   a command is wrong that has no config
     ├── DataError        65   bad data, met while running
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
@@ -60,6 +61,12 @@ class ConfigError(TitanError):
         count = len(self.problems)
         title = "1 problem in the composed config" if count == 1 else f"{count} problems in the composed config"
         super().__init__(title + "\n\n" + "\n\n".join(str(problem) for problem in self.problems))
+
+
+class CommandError(TitanError):
+    """The command line is wrong, of a command that composes no config. Says what to type instead."""
+
+    exit_code = 2
 
 
 class DataError(TitanError):
