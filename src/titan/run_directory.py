@@ -4,6 +4,7 @@
               overrides.yaml  what was typed
               status.json     the run's state now, replaced as a whole
               events.jsonl    what happened, in order, appended
+              .lock           held by rank 0 of the live run; who has it, or had it last
               metrics.jsonl   one line a logged step
               logs/           one file per rank and attempt
               checkpoints/    step_00000010/ and so on
@@ -42,6 +43,11 @@ class RunDirectory:
     def overrides(self) -> Path:
         """The overrides of the command line, for the record."""
         return self.path / "overrides.yaml"
+
+    @property
+    def lock(self) -> Path:
+        """The file that rank 0 of a live run holds a lock on: `titan.launch.lock`."""
+        return self.path / ".lock"
 
     @property
     def metrics(self) -> Path:

@@ -13,6 +13,7 @@ from titan.config.load import load_config, save_config
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.jobs import live_job
+from titan.launch.lock import check_not_in_use
 from titan.log import logger
 from titan.run_directory import RunDirectory, write_atomically
 
@@ -46,11 +47,11 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
         Whether the run is new, goes on, or is complete already, in which case nothing was written.
 
     Raises:
-        ConfigError: If the directory holds another run, which this config would not continue, or a job has it that
-            has not ended.
+        ConfigError: If the directory holds another run, which this config would not continue, or a run or a job has
+            it that has not ended.
     """
     try:
-        found = _continue_run(config, directory) if directory.config.exists() else Frozen.new
+        found = _continue_run(config, directory) if directory.config.exists() else _new_run(directory)
         if found is not Frozen.complete:
             directory.path.mkdir(parents=True, exist_ok=True)
             save_config(config, directory.config)
@@ -72,6 +73,11 @@ def changed_keys(before: TitanConfig, now: TitanConfig) -> dict[str, tuple[objec
     """Return the keys whose values differ, each with both values."""
     old, new = flatten(before), flatten(now)
     return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _new_run(directory: RunDirectory) -> Frozen:
+    check_not_in_use(directory)  # a rank by hand keeps no config here
+    return Frozen.new
 
 
 def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
@@ -98,6 +104,7 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
                 )
             ]
         )
+    check_not_in_use(directory)
     for key, (old, new) in changes.items():
         logger.info(f"resuming with {key} = {new} (was {old})")
     return Frozen.continued

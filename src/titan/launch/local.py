@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from titan.errors import PeerLost, RanksFailed, Stopped, TitanError
+from titan.errors import ConfigError, PeerLost, RanksFailed, Stopped, TitanError
 from titan.launch.environment import threads_per_rank
 from titan.launch.signals import Forwarder
 from titan.run_directory import RunDirectory, short_path
@@ -94,6 +94,8 @@ def launch_local(
 def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
     rank, failure = min(error.failures.items(), key=lambda item: _precedence(item[1]))
     message = _exception_of(failure)
+    if failure.exitcode == ConfigError.exit_code and not message:
+        return RanksFailed(f"rank {rank} was refused, as it says above", rank, failure.exitcode)
     if not message:
         number = failure.exitcode
         message = f"ended by {signal.Signals(-number).name}" if number < 0 else f"exit code {number}, no exception"
