@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, PeerLost, Stopped, TitanError
+from titan.errors import INTERRUPTED, ConfigError, PeerLost, StepHung, Stopped, TitanError
 from titan.launch import signals
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import Rank, adopt_slurm_step, current_rank, launcher_pid, threads_per_rank
@@ -240,16 +240,28 @@ def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float 
 
     from titan.trainer.build import build_trainer, resume
     from titan.trainer.loop import fit
+    from titan.trainer.watchdog import Watchdog, describe_limits
 
+    directory = RunDirectory(Path(config.run.dir))
     device, packed = join_ranks(config, rank, store)
-    trainer = build_trainer(config, device, packed)
-    resume(trainer)
-    if trainer.state.step and rank.rank == 0:
-        trainer.directory.append_event("resume", step=trainer.state.step)
     with contextlib.ExitStack() as stack:
+        watchdog = Watchdog(
+            config.fault_tolerance,
+            directory,
+            rank.rank,
+            rank.world_size,
+            rank.attempt,
+            report=lambda hung: _account(directory, rank, hung),
+        )
+        stack.enter_context(watchdog)
+        trainer = build_trainer(config, device, packed)
+        logger.info(f"{'watchdog':<10} {describe_limits(config)}")
+        resume(trainer)
+        if trainer.state.step and rank.rank == 0:
+            directory.append_event("resume", step=trainer.state.step)
         if launcher_pid() is None:  # titan's own has another word for it, and sends SIGTERM only after a failure
-            stack.enter_context(signals.OrderlyTermination(trainer.directory.read_failure))
-        loss = fit(trainer, signals.warning)
+            stack.enter_context(signals.OrderlyTermination(directory.read_failure))
+        loss = fit(trainer, watchdog, signals.warning)
     dist.destroy_process_group()
     return loss
 
@@ -323,11 +335,13 @@ def _account(directory: RunDirectory, rank: Rank, error: BaseException, may_writ
             text = str(error)
     logger.error(text)
     summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if rank.has_store:
+    is_hang = isinstance(error, StepHung)
+    blamed = error.ranks[0] if is_hang else rank.rank
+    if rank.has_store and not is_hang:  # of which the agent would name a rank that has waited
         _tell_agent(error)
     if may_write:
         if directory.read_status().get("state") == "running":  # the first to fail says why
-            directory.write_status("failed", why=summary, rank=rank.rank, attempt=rank.attempt, exit_code=code)
+            directory.write_status("failed", why=summary, rank=blamed, attempt=rank.attempt, exit_code=code)
         directory.append_event("exit", code=code, rank=rank.rank, why=summary)
     return code
 

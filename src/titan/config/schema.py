@@ -422,6 +422,19 @@ class CheckpointConfig:
 
 
 @dataclass
+class FaultToleranceConfig:
+    """What a run does about a rank that hangs: it ends with exit code 74, and says which one and where."""
+
+    step_timeout_seconds: int = 300
+    """Seconds that a step may take; 0 lets a hang be, until a collective times out."""
+    first_step_timeout_seconds: int = 1800
+    """Seconds from the ranks' meeting to the end of the first step, with building, loading and compiling; at least
+    step_timeout_seconds, and 0 is no limit."""
+    save_timeout_seconds: int = 1800
+    """Seconds that a checkpoint or a validation may take; at least step_timeout_seconds, and 0 is no limit."""
+
+
+@dataclass
 class MetricsConfig:
     """What is written down while training."""
 
@@ -471,6 +484,8 @@ class TitanConfig:
     """Recomputing activations."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
+    """Ranks that hang."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """What is written down."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

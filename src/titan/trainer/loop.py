@@ -23,13 +23,15 @@ from titan.trainer.build import Trainer
 from titan.trainer.device import GarbageCollector, device_name
 from titan.trainer.profile import Profile
 from titan.trainer.step import StepResult, train_step
+from titan.trainer.watchdog import Watchdog
 
 
-def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | None:
+def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambda: 0) -> float | None:
     """Train from where the state stands to the last step.
 
     Args:
         trainer: Built, and resumed where there is something to resume.
+        watchdog: Is told of every step.
         warning: Returns the signal that has told this rank to stop, or 0. One rank's is enough for all.
 
     Returns:
@@ -56,6 +58,7 @@ def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | Non
         began, batches = time.perf_counter(), steps_of_batches(trainer, meter)
         reset_peak_memory(trainer.device)
         while state.step < steps:
+            watchdog.step(state.step + 1)
             result, learning_rate = run_step(trainer, next(batches))
             meter.steps += 1
             if console is not None:
@@ -63,7 +66,8 @@ def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | Non
             if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
                 write_metrics(trainer, meter, result, learning_rate, sinks)
             told = warning_of_any_rank(trainer, warning) if state.step < steps else 0
-            save_if_due(trainer, meter, is_last=told > 0)
+            with watchdog.extended():
+                save_if_due(trainer, meter, is_last=told > 0)
             if told:
                 raise Stopped(signal.Signals(told).name, state.step, trainer.store is not None)
             profile.step()
