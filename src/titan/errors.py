@@ -10,6 +10,7 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
     ├── StorageError     73   storage failed repeatedly
+    ├── StepHung         74   a step took too long; names the rank that hangs
     ├── Stopped          75   told to stop, and did so in order; the same command goes on
     ├── PeerLost          1   another rank ended first; that one says why
     └── RanksFailed           a rank ended with an error; its exit code
@@ -95,6 +96,21 @@ class StorageError(TitanError):
     """Writing to the run directory failed repeatedly."""
 
     exit_code = 73
+
+
+class StepHung(TitanError):
+    """A rank hangs, and all others wait for it.
+
+    Args:
+        ranks: Those to blame.
+        message: What took too long, who hangs and where.
+    """
+
+    exit_code = 74
+
+    def __init__(self, ranks: list[int], message: str) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class Stopped(TitanError):

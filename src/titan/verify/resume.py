@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -33,6 +34,8 @@ from titan.verify.parity import Tolerance, build_layout, describe_run, tolerance
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed import Store
+
+    from titan.trainer.build import Trainer
 
 _STOP_AFTER, _COPY = "TITAN_STOP_AFTER", "TITAN_COPY_STATE"
 ROWS = "rows.jsonl"
@@ -162,23 +165,18 @@ def rank_main(arguments: list[str]) -> None:
 
 def _train_and_note(config: TitanConfig, rank: Rank, store: Store | None) -> float | None:
     """The job of a rank: train as ever, stop where that is asked for, and note what the ranks are given."""
-    import torch.distributed as dist
-
-    from titan.trainer.build import build_trainer
-    from titan.trainer.loop import fit
     from titan.trainer.record import note_rows, save_copy
-    from titan.trainer.resume import resume
 
-    device, packed = worker.join_ranks(config, rank, store)
-    trainer = build_trainer(config, device, packed)
-    resume(trainer)
-    if _COPY in os.environ:
-        save_copy(trainer, Path(os.environ[_COPY]))
     stop_after = int(os.environ.get(_STOP_AFTER, "0"))
-    with note_rows(trainer, trainer.directory.path / ROWS):
-        loss = fit(trainer, lambda: signal.SIGTERM if trainer.state.step == stop_after else 0)
-    dist.destroy_process_group()
-    return loss
+
+    def around(trainer: Trainer) -> contextlib.AbstractContextManager[object]:
+        if _COPY in os.environ:
+            save_copy(trainer, Path(os.environ[_COPY]))
+        return note_rows(trainer, trainer.directory.path / ROWS)
+
+    return worker.train(
+        config, rank, store, around, lambda trainer: signal.SIGTERM if trainer.state.step == stop_after else 0
+    )
 
 
 def _train(title: str, config: TitanConfig, stop_after: int = 0, copy: Path | None = None) -> None:
