@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
     start_logging()
     signals.hold_warnings()
     _die_with_launcher()
+    if launcher_pid() is not None:
+        signals.hold_interrupt(True)  # until there is somebody to account for it
     if len(arguments) != 1:
         print("usage: python -m titan.worker <run.dir>/config.yaml", file=sys.stderr)
         return 2
@@ -208,6 +210,9 @@ def _enter_run(config: TitanConfig, rank: Rank, store: Store | None, lock: RunLo
         directory.write_status("running")
         directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
     if rank.has_store:
+        import torch.distributed  # noqa: F401  # some seconds, which better come to an end
+
+        signals.hold_interrupt(False)
         store = store or meet(rank, config.cluster.timeout_seconds)
         key = "titan/run"
         if is_first:

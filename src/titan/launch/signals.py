@@ -52,6 +52,11 @@ def hold_warnings() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
 
 
+def hold_interrupt(is_held: bool) -> None:
+    """Put a SIGINT off, or let what was put off come; for what leaves a mess when interrupted, such as an import."""
+    signal.pthread_sigmask(signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def warning() -> int:
     """Return the signal that has told this process to stop, or 0."""
     pending = signal.sigpending()
