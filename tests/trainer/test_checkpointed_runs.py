@@ -228,6 +228,20 @@ def test_a_complete_run_can_go_back(runs: Runs) -> None:
     assert not directory.is_complete(6)
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(runs: Runs) -> None:
+    """A folder that is not mounted looks like one without checkpoints; and they are not switched off over some."""
+    first = runs.train("run")
+    with pytest.raises(ConfigError, match="has checkpoints, but checkpoint=disabled would begin anew over them"):
+        runs.build(runs.config("run", "checkpoint=disabled", "training.steps=8"))
+    first.directory.checkpoints.rename(runs.folder / "elsewhere")
+    before = first.directory.metrics.read_bytes()
+    with pytest.raises(CheckpointError, match=r"had saved step 6, but .* holds no checkpoint any more"):
+        runs.build(runs.config("run", "training.steps=8"))
+    assert first.directory.metrics.read_bytes() == before
+    (runs.folder / "elsewhere").rename(first.directory.checkpoints)
+    assert runs.build(runs.config("run", "training.steps=8")).state.step == 6
+
+
 # -- what does not continue --------------------------------------------------------------------------------------------
 
 

@@ -58,6 +58,8 @@ class Trainer:
     """Which positions of every row this rank has; None for all."""
     store: CheckpointStore | None
     state: TrainState = field(default_factory=TrainState)
+    resumed_step: int | None = None
+    """The step of the run's own checkpoint that it goes on from, if there is one."""
     run_identity: str = ""
     """What the run's checkpoints carry."""
 
