@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,8 +48,8 @@ class Differences:
     only: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     """Tensors that only the first has, only the second."""
     shapes: list[str] = field(default_factory=list)
-    formats: list[str] = field(default_factory=list)
-    """Tensors of other formats, as lines. Under a tolerance only numbers count."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """How many tensors have which two formats. Under a tolerance only numbers count."""
     apart: list[Distance] = field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -61,7 +62,7 @@ class Differences:
     @property
     def is_same(self) -> bool:
         """Whether there is nothing that counts."""
-        formats = self.formats if self.tolerance == 0 else []
+        formats = self.formats if self.tolerance == 0 else {}
         config = [key for key in self.config if key not in _FOR_PEOPLE]
         return not (self.only[0] or self.only[1] or self.shapes or formats or self.above or config)
 
@@ -91,7 +92,8 @@ def format_differences(found: Differences) -> Iterator[str]:
     for title, names in zip(("only first", "only second"), found.only, strict=True):
         yield from _listed(title, names)
     yield from _listed("shape", found.shapes)
-    yield from _listed("format", found.formats)
+    for formats, count in found.formats.items():
+        yield f"format      {formats}: {count} tensor{'s' * (count != 1)}"
     above = found.above
     for each in above[:WORST]:
         yield (
@@ -138,7 +140,7 @@ def _compare(a: Weights, b: Weights, prefix: str, found: Differences) -> None:
             found.shapes.append(f"{prefix}{name}: {list(shapes[0])} and {list(shapes[1])}")
             continue
         if dtypes[0] != dtypes[1]:
-            found.formats.append(f"{prefix}{name}: {format_name(dtypes[0])} and {format_name(dtypes[1])}")
+            found.formats[f"{format_name(dtypes[0])} and {format_name(dtypes[1])}"] += 1
         found.compared += 1
         far = distance(prefix + name, a.read(name), b.read(name))
         if far is not None:

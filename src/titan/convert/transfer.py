@@ -25,7 +25,7 @@ from titan.checkpoint.manifest import FileRecord, Manifest, commit, record_of_fi
 from titan.checkpoint.meta import read_params
 from titan.checkpoint.shards import write_json, write_shards
 from titan.checkpoint.torch_file import TorchFile, config_content, write_torch_file
-from titan.checkpoint.weights import SavedTensors, Weights, check_usable
+from titan.checkpoint.weights import SavedTensors, Weights, check_usable, expect_shapes
 from titan.config.load import model_text
 from titan.config.schema import ModelConfig
 from titan.convert.agreement import Agreement, Forward, TitanForward, compare, sample_positions
@@ -59,6 +59,7 @@ def import_weights(source: Source, destination: Path, is_verified: bool, say: Sa
         say: Prints a line.
 
     Raises:
+        CheckpointError: If the weights are not those of a model of this shape.
         CommandError: If the command is not for this source or destination.
         Disagreement: If the comparison fails; nothing is left then.
         StorageError: If it cannot be written.
@@ -71,6 +72,8 @@ def import_weights(source: Source, destination: Path, is_verified: bool, say: Sa
             f"{source.path} does not say of which shape its model is\n"
             "  Try  model=llama3_8b   behind the command, with model.dim=... and so on where it differs"
         )
+    shapes = family_of(config).parameter_shapes(config)
+    check_usable(source.path, expect_shapes(source.weights.infos(), shapes, {name: name for name in shapes}))
     say(describe_source(source))
     began = time.monotonic()
     with written_beside(destination) as temporary:
@@ -231,7 +234,7 @@ def _write_checkpoint(source: Source, config: ModelConfig, folder: Path) -> dict
         prefix, _, rest = name.partition(".")
         return parts[prefix + "."].read(rest)
 
-    files = write_tensors(state, folder, resolve=resolve)
+    files = write_tensors(state, folder, resolve=resolve, release=True)
     (folder / "config.yaml").write_text(model_text(config))
     names = ["config.yaml", *_keep_tokenizer(source, folder)]
     for name in names:
@@ -347,7 +350,8 @@ def _check_same(source: Weights, written: Weights, say: Say) -> None:
         for name, info in infos.items()
         if written.infos().get(name) != info or not _is_same(source.read(name), written.read(name))
     ]
-    if different or written.infos().keys() != infos.keys():
+    different += sorted(written.infos().keys() - infos.keys())
+    if different:
         raise Disagreement(f"what was written is not its source, first in {different[0]}\n  Nothing was kept.")
     say(f"agrees   with the source: {len(infos)} tensors to the bit")
 
