@@ -217,8 +217,8 @@ class _Writer(FileSystemWriter):
     """Remembers the checksum of what it writes, and the reason when it cannot."""
 
     def __init__(self, folder: Path, sync: bool, is_ahead: bool) -> None:
-        # 0 asks for a tensor only when the one before it is written
-        super().__init__(folder, sync_files=sync, **({} if is_ahead else {"per_thread_copy_ahead": 0}))
+        # 0 asks for a tensor only when the one before it is written; the other is PyTorch's own default.
+        super().__init__(folder, sync_files=sync, per_thread_copy_ahead=10_000_000 if is_ahead else 0)
         self.fs = _ChecksummingFiles()
 
     @property
