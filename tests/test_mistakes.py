@@ -328,7 +328,7 @@ MISTAKES = {
     "float8 on a CPU": ("float8=rowwise", "needs a GPU with float8", "Try  float8=none   or  float8.emulate=true"),
     # files
     "weights that are not there": ("checkpoint.initial_load=nope", "nope is not a folder", "checkpoints/step_"),
-    "a step without checkpoints": ("checkpoint=disabled checkpoint.load_step=4", "resumes nothing", "checkpoint=sync"),
+    "a step without checkpoints": ("checkpoint=disabled checkpoint.load_step=4", "resumes nothing", "checkpoint=async"),
     "no data path": ("data=text", "data.path is not set, but data=text needs it", "Try  data.path="),
     "an empty data path": ("data=jsonl data.path=", "data.path is not set, but data=jsonl needs it", "*.jsonl"),
     "a data path that is not there": (

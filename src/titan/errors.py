@@ -10,6 +10,7 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
     ├── StorageError     73   storage failed repeatedly
+    ├── StepHung         74   a step took too long; names the rank that hangs
     ├── Stopped          75   told to stop, and did so in order; the same command goes on
     ├── PeerLost          1   another rank ended first; that one says why
     └── RanksFailed           a rank ended with an error; its exit code
@@ -82,9 +83,13 @@ class CheckpointError(TitanError):
 
 
 class NonFiniteError(TitanError):
-    """The loss or the gradient norm is not finite. Raised before any weight moves."""
+    """The loss or the gradient norm is not finite, or above its limit. Raised before any weight moves."""
 
     exit_code = 71
+
+    def __init__(self, message: str, loss: float, grad_norm: float) -> None:
+        super().__init__(message)
+        self.loss, self.grad_norm = loss, grad_norm
 
 
 class StorageError(TitanError):
@@ -93,19 +98,43 @@ class StorageError(TitanError):
     exit_code = 73
 
 
+class StepHung(TitanError):
+    """A rank hangs, and all others wait for it.
+
+    Args:
+        ranks: Those to blame.
+        message: What took too long, who hangs and where.
+    """
+
+    exit_code = 74
+
+    def __init__(self, ranks: list[int], message: str) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class Stopped(TitanError):
     """The run was told to stop and did, between two steps and on all ranks together.
 
     75 asks to be started again. Without a checkpoint there is nothing to go on from, so it is 143 then.
+
+    Args:
+        signal_name: What told it.
+        step: The last step.
+        saved_step: The step of the newest checkpoint, which is an earlier one if saving failed; None without any.
     """
 
     exit_code = 75
 
-    def __init__(self, signal_name: str, step: int, is_saved: bool) -> None:
-        saved = "and it is saved: the same command goes on from there" if is_saved else "and nothing was saved"
+    def __init__(self, signal_name: str, step: int, saved_step: int | None) -> None:
+        saved = "and it is saved: the same command goes on from there"
+        if saved_step is None:
+            saved = "and nothing was saved"
+        elif saved_step != step:
+            saved = f"which could not be saved: the same command goes on from step {saved_step}"
         super().__init__(f"stopped by {signal_name} after step {step}, {saved}")
-        self.signal_name, self.step, self.is_saved = signal_name, step, is_saved
-        if not is_saved:
+        self.signal_name, self.step, self.saved_step = signal_name, step, saved_step
+        if saved_step is None:
             self.exit_code = TERMINATED
 
 

@@ -2,10 +2,13 @@
 
     <run.dir>/config.yaml     the frozen config, the only thing a rank reads
               overrides.yaml  what was typed
+              identity        what its checkpoints know the run by
               status.json     the run's state now, replaced as a whole
               events.jsonl    what happened, in order, appended
+              .lock           held by rank 0 of the live run; who has it, or had it last
               metrics.jsonl   one line a logged step
-              logs/           one file per rank and attempt
+              skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
+              logs/           one file per rank and attempt; and .stacks beside it, after a hang
               checkpoints/    step_00000010/ and so on
               slurm/          batch script and console of a job, where SLURM ran it
 
@@ -20,6 +23,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from titan.log import logger
 
 
 def utc_now() -> str:
@@ -44,6 +49,11 @@ class RunDirectory:
         return self.path / "overrides.yaml"
 
     @property
+    def lock(self) -> Path:
+        """The file that rank 0 of a live run holds a lock on: `titan.launch.lock`."""
+        return self.path / ".lock"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
@@ -63,9 +73,18 @@ class RunDirectory:
         """The folder of profiler traces."""
         return self.path / "profiles"
 
+    @property
+    def ledger(self) -> Path:
+        """The steps left out after a spike."""
+        return self.path / "skipped_steps.jsonl"
+
     def log(self, rank: int, attempt: int) -> Path:
         """Return the log file of one rank in one attempt."""
         return self.path / "logs" / f"rank_{rank:05d}.attempt_{attempt}.log"
+
+    def stacks(self, rank: int, attempt: int) -> Path:
+        """Return the file for the Python stacks of one rank that hangs, or waits for one that does."""
+        return self.log(rank, attempt).with_suffix(".stacks")
 
     def read_status(self) -> dict[str, Any]:
         """Return status.json, or an empty dict where there is none or it is unreadable."""
@@ -73,6 +92,17 @@ class RunDirectory:
             return json.loads((self.path / "status.json").read_text())
         except (OSError, ValueError):
             return {}
+
+    def read_identity(self) -> str:
+        """Return what the run's checkpoints know it by; empty where it has saved nothing yet."""
+        try:
+            return (self.path / "identity").read_text().strip()
+        except OSError:
+            return ""
+
+    def write_identity(self, identity: str) -> None:
+        """Write down what the run's checkpoints know it by."""
+        write_atomically(self.path / "identity", identity + "\n")
 
     def read_failure(self) -> int:
         """Return the exit code of the rank that failed first, or 0 where none has."""
@@ -85,24 +115,57 @@ class RunDirectory:
         return status.get("state") == "complete" and status.get("step", 0) >= steps
 
     def write_status(self, state: str, why: str = "", **details: Any) -> None:
-        """Replace status.json: `state` is complete, running, preempted or failed."""
+        """Replace status.json: `state` is complete, running, preempted or failed. A full disk is told, not raised."""
         text = json.dumps({"state": state, "why": why, "time": utc_now(), **details}, indent=2)
-        write_atomically(self.path / "status.json", text + "\n")
+        try:
+            write_atomically(self.path / "status.json", text + "\n")
+        except OSError as error:
+            logger.warning(f"status.json cannot be written ({error.strerror}): {state} {why}")
 
     def read_events(self, event: str) -> list[dict[str, Any]]:
         """Return what was appended to events.jsonl under a name, oldest first."""
+        return [each for each in self.read_new_events(0) if each.get("event") == event]
+
+    def read_new_events(self, offset: int) -> list[dict[str, Any]]:
+        """Return what was appended to events.jsonl after it had so many bytes, oldest first."""
         try:
-            lines = (self.path / "events.jsonl").read_text().splitlines()
+            with (self.path / "events.jsonl").open() as file:
+                file.seek(offset)
+                lines = file.read().splitlines()
         except OSError:
             return []
-        events = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
-        return [each for each in events if each.get("event") == event]
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
+
+    def events_size(self) -> int:
+        """Return how many bytes events.jsonl has."""
+        try:
+            return (self.path / "events.jsonl").stat().st_size
+        except OSError:
+            return 0
+
+    def read_ledger(self) -> list[dict[str, Any]]:
+        """Return the rows of skipped_steps.jsonl, each with first_step and last_step, oldest first."""
+        try:
+            lines = self.ledger.read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def append_ledger(self, row: dict[str, Any]) -> None:
+        """Append a row to skipped_steps.jsonl, and return when the disk has it."""
+        with self.ledger.open("a") as file:
+            file.write(json.dumps({"time": utc_now(), **row}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def append_event(self, event: str, **details: Any) -> None:
-        """Append one line to events.jsonl."""
+        """Append one line to events.jsonl. A full disk is told, not raised."""
         line = json.dumps({"time": utc_now(), "event": event, **details})
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(line + "\n")
+        try:
+            with (self.path / "events.jsonl").open("a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            logger.warning(f"events.jsonl cannot be written ({error.strerror}): {line}")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -81,7 +81,7 @@ def test_a_signal_stops_in_order_and_the_same_command_goes_on(
         kill_all(process)
     directory = RunDirectory(here / "run")
     status = directory.read_status()
-    assert (status["state"], status["is_saved"]) == ("preempted", True)
+    assert (status["state"], status["saved_step"]) == ("preempted", status["step"])
     assert 1 < status["step"] < STEPS
     assert f"after step {status['step']}, and it is saved" in finished.text
     assert [event["step"] for event in directory.read_events("save")] == [status["step"]]
@@ -124,7 +124,7 @@ def test_without_checkpoints_it_says_that_nothing_was_saved(here: Path, cache: P
         kill_all(process)
     assert finished.code == 143, "75 would ask to go on"
     assert "nothing was saved" in finished.out
-    assert RunDirectory(here / "run").read_status()["is_saved"] is False
+    assert RunDirectory(here / "run").read_status()["saved_step"] is None
 
 
 def test_an_earlier_stop_is_no_answer_to_a_crash(here: Path, cache: Path, text_file: Path) -> None:
@@ -132,7 +132,7 @@ def test_an_earlier_stop_is_no_answer_to_a_crash(here: Path, cache: Path, text_f
     arguments = ["-m", "titan.train", *RUN, f"data.path={text_file}", "cluster.devices_per_node=2"]
     directory = RunDirectory(here / "run")
     directory.path.mkdir()
-    directory.write_status("preempted", why="long ago", step=4, signal="SIGUSR2", is_saved=True)
+    directory.write_status("preempted", why="long ago", step=4, signal="SIGUSR2", saved_step=4)
     (directory.path / "logs").write_text("in the way of the ranks' logs")
     finished = finish(start(arguments, here, clean_environment(cache)))
     assert finished.code == 1

@@ -86,7 +86,7 @@ def test_requeues_are_bounded(slurm: Cluster, job: tuple[str, ...], here: Path) 
     slurm.wait_for_state(number, "FAILED")
     assert slurm.field(number, "ExitCode") == "75:0"
     status = RunDirectory(here / "run").read_status()
-    assert (status["state"], status["is_saved"]) == ("preempted", True)
+    assert (status["state"], status["saved_step"]) == ("preempted", status["step"])
     said = "".join(path.read_text() for path in here.glob("run/slurm/*.out"))
     assert "has come back 0 times, and may not again; the same command goes on" in said
 

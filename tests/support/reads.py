@@ -94,12 +94,14 @@ def _annotated(node: ast.ClassDef) -> dict[str, str]:
 
 
 def _taken_over(node: ast.ClassDef) -> dict[str, str]:
-    """Return the attributes that __init__ sets to its own arguments."""
+    """Return the attributes that __init__ sets to its own arguments, or annotates."""
     found = {}
     for init in node.body:
         if isinstance(init, ast.FunctionDef) and init.name == "__init__":
             given = {one.arg: ast.unparse(one.annotation) for one in init.args.args if one.annotation is not None}
             for line in init.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Attribute):
+                    found[line.target.attr] = ast.unparse(line.annotation)
                 for target, value in _pairs(line) if isinstance(line, ast.Assign) else ():
                     if isinstance(target, ast.Attribute) and isinstance(value, ast.Name) and value.id in given:
                         found[target.attr] = given[value.id]

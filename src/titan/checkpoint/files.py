@@ -135,7 +135,7 @@ def write_tensors(
                 process_group=group,
                 no_dist=group is None,
             )
-    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+    except dcp.api.CheckpointException as error:
         raise StorageError(_reason(writer.stream_error or error)) from error
     return writer.written()
 
@@ -169,8 +169,6 @@ def read_tensors(
     except dcp.api.CheckpointException as error:
         first, _ = next(iter(error.failures.values()))  # of any rank; the others' are in their logs
         raise CheckpointError(f"{folder} cannot be loaded: {_reason(first)}") from error
-    except (RuntimeError, ValueError, OSError, AssertionError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_reason(error)}") from error
 
 
 def read_tensor(folder: Path, name: str, info: TensorInfo, metadata: Metadata | None = None) -> Tensor:
@@ -240,7 +238,7 @@ class _ChecksummingFiles(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with open(path, mode, buffering=0) as file:
+        with io.FileIO(path, mode.replace("b", "")) as file:
             stream = self.streams[str(path)] = _ChecksummingStream(file)
             yield stream
 

@@ -76,10 +76,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write manifest.json and have the disk keep it, and the folder's list of files."""
-        text = json.dumps(asdict(self), indent=1)
-        content = {"checksum": xxhash.xxh3_128_hexdigest(text.encode()), "manifest": json.loads(text)}
+        manifest = asdict(self)
+        content = {"checksum": _checksum(manifest), "manifest": manifest}
         with (folder / NAME).open("w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+            file.write(_text(content))
             file.flush()
             os.fsync(file.fileno())
         sync_folder(folder)
@@ -93,9 +93,10 @@ class Manifest:
             OSError: If it cannot be read for another reason.
         """
         try:
-            content = json.loads((folder / NAME).read_bytes())
+            text = (folder / NAME).read_text()
+            content = json.loads(text)
             found = content["manifest"]
-            is_whole = content["checksum"] == xxhash.xxh3_128_hexdigest(json.dumps(found, indent=1).encode())
+            is_whole = content["checksum"] == _checksum(found) and text == _text(content)
         except (FileNotFoundError, NotADirectoryError):
             raise Damaged(f"it has no {NAME}") from None
         except (ValueError, KeyError, TypeError):
@@ -130,6 +131,14 @@ class Manifest:
             except FileNotFoundError:
                 wrong.append(f"{name} is missing")
         return wrong
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(_text(manifest).encode())
 
 
 def checksum_of_file(path: Path) -> str:
@@ -217,3 +226,12 @@ def recover(folder: Path) -> list[str]:
             found.append(f"{path.name}: a save that was not finished, removed")
         shutil.rmtree(path, ignore_errors=True)
     return found
+
+
+def rename_aside(path: Path, prefix: str) -> Path:
+    """Rename a checkpoint so that it no longer counts; returns what it is called now."""
+    number = 0
+    while (aside := path.with_name(f"{prefix}_{path.name}{f'_{number}' * (number > 0)}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside

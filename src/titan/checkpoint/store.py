@@ -1,177 +1,376 @@
-"""Checkpoints of a run: written beside, renamed when complete, the oldest removed after that.
+"""The checkpoints folder of a run: saving, finding the newest that is whole, and clearing up.
 
-The tensors go through PyTorch's distributed checkpoint, so a run can be resumed on another mesh: every tensor is
-stored under its plain name with its place in the whole. The data needs no state (`titan.data.batch` is a function of
-the step), and neither does the learning rate.
+Saving is all or nothing. The ranks write into a hidden folder, every file is checksummed and synced, rank 0 writes the
+manifest and renames: before that rename there is no checkpoint, after it there is one. Whatever goes wrong before it
+is an error on every rank (`StorageError`), and the checkpoints that were there are still there.
+
+Loading is decided by rank 0 and checked by all: the newest checkpoint whose every byte has its checksum. One that does
+not is renamed to damaged_step_..., which keeps it for whoever wants to look, and the one before is tried.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
 import shutil
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 
-from titan.errors import CheckpointError
+from titan.checkpoint.files import TensorInfo, read_metadata, read_tensors, tensor_infos, write_tensors
+from titan.checkpoint.manifest import (
+    Damaged,
+    FileRecord,
+    Manifest,
+    commit,
+    committed_steps,
+    record_of_file,
+    recover,
+    remove,
+    rename_aside,
+    step_folder,
+)
+from titan.checkpoint.staging import Copies
+from titan.checkpoint.state import MODEL, OPTIMIZER
+from titan.config.schema import CheckpointConfig, CheckpointMode
+from titan.errors import CheckpointError, StorageError, TitanError
+from titan.log import logger
 
-_COMMITTED = re.compile(r"step_(\d{8,})")
+CONFIG = "config.yaml"
+DAMAGED = "damaged"
 
-NamedParameters = list[tuple[str, nn.Parameter]]
+T = TypeVar("T")
+Note = Callable[..., None]
+"""Takes the name of an event and its details: `RunDirectory.append_event`."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is committed."""
+
+    manifest: Manifest
+    path: Path
+    seconds: float = 0.0
+    """How long it took to write."""
 
 
 class CheckpointStore:
-    """The checkpoints folder of a run.
+    """The checkpoints of a run.
+
+    Every method is for all ranks together, unless it says otherwise.
 
     Args:
         folder: <run.dir>/checkpoints.
-        keep_latest: How many to keep; 0 keeps all.
+        settings: Of the run.
+        timeout_seconds: The longest wait for another rank that writes or reads.
+        note: Writes down what happens to a checkpoint.
     """
 
-    def __init__(self, folder: Path, keep_latest: int) -> None:
-        self.folder, self.keep_latest = folder, keep_latest
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointConfig,
+        timeout_seconds: float = 1800,
+        note: Note = lambda *_, **__: None,
+    ) -> None:
+        self.folder, self.settings, self.note = folder, settings, note
+        # Its own, and on the CPU: a save in the background must not get between the collectives of training.
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        assert isinstance(group, dist.ProcessGroup), "of all ranks"
+        self.group = group
+        self.is_first = dist.get_rank() == 0
+        self._copies = Copies(is_kept=settings.mode is CheckpointMode.async_pinned)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self._in_flight: Future[Saved] | None = None
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background on this rank."""
+        return self._in_flight is not None and not self._in_flight.done()
+
+    def save(self, manifest: Manifest, state: Mapping[str, Tensor], config: str, in_background: bool) -> None:
+        """Save; the outcome is what `result` returns.
+
+        Args:
+            manifest: What is known of the checkpoint, without files.
+            state: By name; unchanged until `wait_for_copies` has returned, if in the background.
+            config: The frozen config's text.
+            in_background: Return when the state is copied, or with async_pinned even before.
+        """
+        assert self._in_flight is None, "`result` of the save before comes first"
+        state = dict(state)
+        if not in_background:
+            self._in_flight = Future()
+            try:
+                self._in_flight.set_result(self._write(manifest, state, config, None))
+            except StorageError as error:
+                self._in_flight.set_exception(error)
+        elif self.settings.mode is CheckpointMode.async_pinned:
+            finished = self._copies.start(state, self._copier)
+            self._in_flight = self._writer.submit(lambda: self._write(manifest, state, config, finished()))
+        else:
+            copies = self._copies.copy(state)
+            self._in_flight = self._writer.submit(self._write, manifest, state, config, copies)
+
+    def wait_for_copies(self) -> None:
+        """Return when the state that is being saved may change; on this rank alone."""
+        self._copies.wait()
+
+    def result(self) -> Saved | StorageError | None:
+        """Wait for the save in hand, and return what came of it: the same on every rank. None if there is none."""
+        if self._in_flight is None:
+            return None
+        future, self._in_flight = self._in_flight, None
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if not isinstance(error, StorageError):
+            raise error
+        return error
+
+    def close(self) -> None:
+        """Let the save in hand end, whatever comes of it; on this rank alone."""
+        self._writer.shutdown()
+        self._copier.shutdown()
+
+    def _write(
+        self, manifest: Manifest, state: dict[str, Tensor], config: str, copies: Mapping[str, Tensor] | None
+    ) -> Saved:
+        began = time.perf_counter()
+        final = step_folder(self.folder, manifest.step)
+        temporary = self._agree(lambda: self._start(final))
+        try:
+            mine = write_tensors(state, temporary, self.group, copies.__getitem__ if copies is not None else None)
+            written: list[Any] = [None] * dist.get_world_size()
+            dist.gather_object(mine, written if self.is_first else None, group=self.group)
+            saved = self._agree(lambda: self._commit(temporary, final, manifest, written, config))
+            return replace(saved, seconds=time.perf_counter() - began)
+        except StorageError:
+            if self.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+            raise
+
+    def _start(self, final: Path) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = self._size_of_newest()
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            # A save that cannot end would take what logs and metrics need.
+            raise StorageError(f"no space left: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free")
+        temporary = self.folder / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
+        temporary.mkdir()
+        return temporary
+
+    def _size_of_newest(self) -> int:
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Damaged):
+                return Manifest.read(step_folder(self.folder, step)).bytes
+        return 0
+
+    def _commit(
+        self, temporary: Path, final: Path, manifest: Manifest, written: list[dict[str, FileRecord]], config: str
+    ) -> Saved:
+        (temporary / CONFIG).write_text(config)
+        files = {name: record for part in written for name, record in part.items()}
+        manifest = replace(manifest, files=files | {CONFIG: record_of_file(temporary / CONFIG)})
+        commit(temporary, final, manifest)
+        try:
+            self._remove_old(manifest.step)
+        except OSError as error:
+            logger.warning(f"old checkpoints in {self.folder} cannot be removed: {error}")
+        return Saved(manifest, final)
+
+    def _remove_old(self, step: int) -> None:
+        """Remove what the settings do not keep, now that `step` is there."""
+        settings = self.settings
+        resumable = []
+        for other in self.steps():
+            try:
+                if other <= step and Manifest.read(step_folder(self.folder, other)).content == "all":
+                    resumable.append(other)
+            except Damaged:
+                continue  # left for whoever loads it to find
+        for old in resumable[: -settings.keep_latest] if settings.keep_latest else []:
+            if not settings.keep_every or old % settings.keep_every:
+                remove(step_folder(self.folder, old))
+
+    # -- finding -----------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Return the steps of all committed checkpoints, ascending."""
+        """Return the steps of all committed checkpoints, ascending; of this rank's view of the folder."""
         return committed_steps(self.folder)
 
-    def path(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint."""
-        return self.folder / f"step_{step:08d}"
+    def find(self, run: str) -> Saved | None:
+        """Return the newest checkpoint that a run can go on from; None where none was ever saved.
 
-    def save(
-        self, step: int, parameters: NamedParameters, optimizer: torch.optim.Optimizer, extra: dict[str, int]
-    ) -> Path:
-        """Write a checkpoint; every rank takes part, and all return once it is committed."""
-        final = self.path(step)
-        temporary = self.folder / f".{final.name}.tmp"
-
-        def start() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-        def commit() -> None:
-            if final.exists():  # the same step, saved by a run that was stopped right after
-                shutil.rmtree(final)
-            temporary.rename(final)
-            # Later ones are there when a run was resumed from an earlier step; they must not push this one out.
-            until_now = [other for other in self.steps() if other <= step]
-            for old in until_now[: -self.keep_latest] if self.keep_latest else []:
-                shutil.rmtree(self.path(old))
-
-        _on_first_rank(start)
-        state = _state(parameters, optimizer) | {"step": step, **extra}
-        dcp.save(state, checkpoint_id=temporary)
-        _on_first_rank(commit)
-        return final
-
-    def load(self, step: int, parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-        """Read a checkpoint into the model and the optimizer, on any mesh.
-
-        Returns:
-            What was given to `save` as `extra`.
+        Args:
+            run: The identity of the run; a checkpoint of another one is set aside.
 
         Raises:
-            CheckpointError: If the step was not saved, or does not fit this model.
+            CheckpointError: If there are some but none is whole; with `strict`, if the newest is not. Also if a rank
+                cannot see the folder.
         """
-        if step not in self.steps():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(
-                f"checkpoint.load_step = {step}: {self.folder} has no such checkpoint\n  There are: {there}\n"
-                "  Try  checkpoint.load_step=-1   (the newest)"
-            )
-        _create_optimizer_state(optimizer)
-        state: dict[str, Any] = _state(parameters, optimizer) | {"tokens": 0}
-        _load(state, self.path(step))
-        _fill_copies(parameters, optimizer)
-        return {"tokens": state["tokens"]}
-
-
-def load_weights(folder: Path, parameters: NamedParameters) -> None:
-    """Read the weights of another run's checkpoint, on any mesh.
-
-    Raises:
-        CheckpointError: If the folder is not a checkpoint or does not fit this model.
-    """
-    _load({f"model.{name}": parameter.detach() for name, parameter in parameters}, folder)
-    _fill_copies(parameters)
-
-
-def committed_steps(folder: Path) -> list[int]:
-    """Return the steps of the checkpoints in a folder, ascending."""
-    if not folder.is_dir():
-        return []
-    matches = (_COMMITTED.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
-def _load(state: dict[str, Any], folder: Path) -> None:
-    if not (folder / ".metadata").is_file():
-        raise CheckpointError(f"{folder} is not a checkpoint: it has no file .metadata")
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except dcp.api.CheckpointException as error:
-        first, _ = next(iter(error.failures.values()))  # of any rank; the others' are in their logs
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(first)}") from error
-    except (RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join([type(error).__name__, *lines[:1]])
-
-
-def _state(parameters: NamedParameters, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for name, parameter in parameters:
-        state[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                state[f"optimizer.{name}.{key}"] = value
-    return state
-
-
-def _fill_copies(parameters: NamedParameters, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Where two parameters of this rank have one name (an embedding and a tied output), give the first the last's."""
-    loaded = dict(parameters)
-    for name, parameter in parameters:
-        source = loaded[name]
-        if parameter is source:
-            continue
-        parameter.detach().copy_(source.detach())
-        for key, value in (optimizer.state[source] if optimizer is not None else {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[parameter][key].copy_(value)  # type: ignore[union-attr]
-
-
-def _create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give the optimizer's state its tensors, so that there is something to load into; moves no weight."""
-    for group in optimizer.param_groups:
-        learning_rate, decay = group["lr"], group["weight_decay"]
-        group["lr"], group["weight_decay"] = 0.0, 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-        group["_restore"] = (learning_rate, decay)
-    optimizer.step()
-    for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = group.pop("_restore")
-    optimizer.zero_grad()
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Act on rank 0 while all others wait; an error there is an error everywhere."""
-    error: list[BaseException | None] = [None]
-    if dist.get_rank() == 0:
         try:
-            action()
-        except OSError as caught:
-            error[0] = caught
-    dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
+            for line in self._agree(lambda: recover(self.folder)):
+                logger.info(line)
+            return self._find(run)
+        except StorageError as error:
+            raise CheckpointError(f"{self.folder} cannot be used: {error}") from error
+
+    def _find(self, run: str) -> Saved | None:
+        lost: list[str] = []
+        while True:
+            candidate = self._agree(lambda: self._newest(run))
+            if candidate is None:
+                return self._agree(lambda: self._nothing(lost))
+            saved, wrong = candidate
+            wrong = wrong or self.check(saved)
+            if not wrong:
+                return saved
+            lost.append(self._agree(partial(self._set_aside, saved.path, wrong)))
+
+    def _newest(self, run: str) -> tuple[Saved, list[str]] | None:
+        """Return the newest checkpoint and what is wrong with its manifest."""
+        weights_only = []
+        for step in reversed(self.steps()):
+            if step < self.settings.load_step:
+                break
+            path = step_folder(self.folder, step)
+            nothing = Manifest(step, 0, "all", run, {})
+            try:
+                manifest = Manifest.read(path)
+            except Damaged as error:
+                return Saved(nothing, path), [str(error)]
+            if manifest.step != step:
+                return Saved(manifest, path), [f"it was saved as step {manifest.step}"]
+            if run and manifest.run and manifest.run != run:
+                return Saved(manifest, path), ["it was saved by another run"]
+            if manifest.content == "all":
+                return Saved(manifest, path), []
+            weights_only.append(path.name)
+        if weights_only:
+            raise CheckpointError(
+                f"{self.folder} has {', '.join(weights_only)}, which holds weights alone: no run can go on from it\n"
+                f"  Try  run.dir=ANOTHER checkpoint.initial_load={self.folder / weights_only[0]}"
+            )
+        return None
+
+    def check(self, saved: Saved) -> list[str]:
+        """Hold a checkpoint's files against its manifest, each rank some of them; returns what is wrong."""
+        names = sorted(saved.manifest.files)[dist.get_rank() :: dist.get_world_size()]
+        missing_here = "" if saved.path.is_dir() else f"rank {dist.get_rank()} does not see {saved.path}"
+        try:
+            wrong = saved.manifest.damage(saved.path, names, self.settings.verify)
+        except OSError as error:
+            missing_here, wrong = f"rank {dist.get_rank()}: {error}", []
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (missing_here, wrong), group=self.group)
+        if blind := [text for text, _ in found if text]:
+            why = f"{blind[0]}\n  Is it on a file system that all nodes share?"
+            raise CheckpointError(f"{saved.path} cannot be read: {why}")
+        return [line for _, lines in found for line in lines]
+
+    def _set_aside(self, path: Path, wrong: list[str]) -> str:
+        text = f"{path.name} is damaged: {'; '.join(wrong)}"
+        if self.settings.strict:
+            raise CheckpointError(f"{text}\n  checkpoint.strict=false would set it aside and take the one before")
+        aside = rename_aside(path, DAMAGED)
+        logger.warning(f"{text}; set aside as {aside.name}")
+        self.note("quarantine", checkpoint=path.name, moved_to=aside.name, why="; ".join(wrong))
+        return text
+
+    def _nothing(self, lost: list[str]) -> None:
+        """Return where no checkpoint was ever saved; else refuse to begin anew over a run that had begun."""
+        aside = sorted(entry.name for entry in self.folder.glob(f"{DAMAGED}_*")) if self.folder.is_dir() else []
+        floor = self.settings.load_step
+        if lost or aside or floor >= 0:
+            there = ", ".join(map(str, self.steps())) or "none"
+            what = f"no usable checkpoint{f' from step {floor} on' * (floor >= 0)} in {self.folder}"
+            seen = "".join(f"\n  {text}" for text in lost) or f"\n  Set aside before: {', '.join(aside)}" * bool(aside)
+            raise CheckpointError(
+                f"{what}{seen}\n  There are: {there}\n  Try  run.dir=ANOTHER   to begin anew; nothing was deleted"
+            )
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        folder: Path,
+        state: dict[str, Tensor],
+        prefixes: tuple[str, ...] = (MODEL, OPTIMIZER),
+        can_cast: bool = False,
+    ) -> None:
+        """Fill tensors in place from a checkpoint, on any mesh; nothing is changed before all of them fit.
+
+        Args:
+            folder: The checkpoint's.
+            state: By name.
+            prefixes: The checkpoint may have no other names with these beginnings than those of `state`.
+            can_cast: Whether they may be saved in another format.
+
+        Raises:
+            CheckpointError: If they do not fit, on every rank; with what this rank has found.
+        """
+        infos = tensor_infos(read_metadata(folder))
+        wrong = misfits(state, infos, can_cast)
+        names = sorted(name for name in infos if name.startswith(prefixes))
+        counts = torch.tensor([name in state for name in names] + [bool(wrong)], dtype=torch.int32)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
+        wrong += [f"{name} is not in this model" for name, is_known in zip(names, counts, strict=False) if not is_known]
+        if wrong or counts[-1]:
+            more = [f"and {len(wrong) - 8} more"] * (len(wrong) > 8)
+            lines = [*wrong[:8], *more] or ["another rank says why"]
+            listed = "\n".join(f"  {line}" for line in lines)
+            raise CheckpointError(f"{folder} does not fit this model:\n{listed}")
+        read_tensors(state, folder, self.group)
+
+    def _agree(self, action: Callable[[], T]) -> T:
+        """Act on rank 0 and return its result on every rank; an error there is an error everywhere.
+
+        Raises:
+            StorageError: For an error of the system.
+            TitanError: As it is.
+        """
+        outcome: list[Any] = [None]
+        if self.is_first:
+            try:
+                outcome[0] = action()
+            except TitanError as error:
+                outcome[0] = error
+            except OSError as error:
+                where = f": {error.filename}" if error.filename else ""
+                outcome[0] = StorageError(f"{error.strerror or error}{where}")
+        dist.broadcast_object_list(outcome, group=self.group)
+        if isinstance(outcome[0], TitanError):
+            raise outcome[0]
+        return cast(T, outcome[0])
+
+
+def misfits(state: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], can_cast: bool) -> list[str]:
+    """Return which tensors a checkpoint does not have as they are wanted, one line each."""
+    wrong = []
+    for name, tensor in state.items():
+        found = infos.get(name)
+        if found is None:
+            wrong.append(f"{name} is not in the checkpoint")
+        elif found.shape != tensor.shape:
+            wrong.append(f"{name} is {_shape(found.shape)} in the checkpoint, and {_shape(tensor.shape)} here")
+        elif found.dtype != tensor.dtype and not can_cast:
+            wrong.append(f"{name} is {found.dtype} in the checkpoint, and {tensor.dtype} here")
+    return wrong
+
+
+def _shape(shape: torch.Size) -> str:
+    return " x ".join(map(str, shape)) or "a number"

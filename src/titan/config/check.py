@@ -27,12 +27,15 @@ from titan.config.keys import flatten, override
 from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ActivationCheckpointMode,
+    CheckpointConfig,
+    CheckpointContent,
     CheckpointMode,
     ClusterConfig,
     ClusterKind,
     ContextMethod,
     DataKind,
     Device,
+    Dtype,
     Float8Recipe,
     TitanConfig,
     TokenizerKind,
@@ -102,8 +105,17 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "lr_scheduler.warmup_steps": 0,
             "activation_checkpoint.every": 1,
             "checkpoint.interval": 1,
+            "checkpoint.interval_minutes": 0,
             "checkpoint.keep_latest": 0,
+            "checkpoint.keep_every": 0,
+            "checkpoint.max_failures": 1,
+            "checkpoint.retry_seconds": 0,
+            "fault_tolerance.max_spikes": 0,
+            "fault_tolerance.spike_grad_norm": 0,
             "checkpoint.load_step": -1,
+            "fault_tolerance.step_timeout_seconds": 0,
+            "fault_tolerance.first_step_timeout_seconds": 0,
+            "fault_tolerance.save_timeout_seconds": 0,
             "metrics.log_every": 1,
             "profiling.start_step": 2,
             "profiling.steps": 1,
@@ -488,17 +500,53 @@ def check_async_tensor_parallel(config: TitanConfig) -> Iterator[Problem]:
 
 
 def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
-    """What is to be loaded is there."""
-    settings = config.checkpoint
-    if settings.mode is CheckpointMode.disabled and settings.load_step != -1:
+    """What is to be loaded is there, and what is asked of checkpoints can be done together."""
+    settings, nothing = config.checkpoint, CheckpointConfig(mode=CheckpointMode["sync"])
+    if settings.mode is CheckpointMode["disabled"]:
+        for key in ("load_step", "save_initial", "interval_minutes", "keep_every", "last_content"):
+            value = getattr(settings, key)
+            if value != getattr(nothing, key):
+                yield Problem(
+                    f"{override(f'checkpoint.{key}', flatten(value)[''])}, but checkpoint=disabled saves and resumes "
+                    "nothing",
+                    suggestion="checkpoint=async",
+                )
+    if settings.last_dtype is Dtype.bfloat16 and settings.last_content is CheckpointContent.all:
         yield Problem(
-            f"checkpoint.load_step = {settings.load_step}, but checkpoint=disabled resumes nothing",
-            suggestion="checkpoint=sync",
+            f"checkpoint.last_dtype = {settings.last_dtype.name}, but checkpoint.last_content = all",
+            "A run goes on from the weights in the format of training.",
+            "checkpoint.last_content=weights",
         )
-    if settings.initial_load is not None and not Path(settings.initial_load).is_dir():
+    yield from _check_initial_load(settings)
+
+
+def _check_initial_load(settings: CheckpointConfig) -> Iterator[Problem]:
+    if settings.initial_load is None:
+        if settings.exclude or settings.initial_content is CheckpointContent.all:
+            key = "exclude" if settings.exclude else "initial_content"
+            yield Problem(
+                f"checkpoint.{key} is set, but there is no checkpoint.initial_load that it is about",
+                suggestion="checkpoint.initial_load=<run.dir>/checkpoints/step_00000100",
+            )
+        return
+    folder = Path(settings.initial_load)
+    if not folder.is_dir():
         yield Problem(
             f"checkpoint.initial_load = {settings.initial_load} is not a folder",
             suggestion="checkpoint.initial_load=<run.dir>/checkpoints/step_00000100",
+        )
+    elif not ((folder / ".metadata").is_file() or any(folder.glob("*.safetensors"))):
+        newest = max(folder.glob("**/step_*/.metadata"), default=folder / "checkpoints" / "step_00000100" / ".metadata")
+        yield Problem(
+            f"checkpoint.initial_load = {settings.initial_load} is neither a checkpoint nor a Hugging Face folder",
+            "It has no .metadata and no *.safetensors.",
+            f"checkpoint.initial_load={newest.parent}",
+        )
+    elif not (folder / ".metadata").is_file() and settings.initial_content is CheckpointContent.all:
+        yield Problem(
+            f"checkpoint.initial_content = all, but {settings.initial_load} is a Hugging Face folder",
+            "It holds weights alone.",
+            "checkpoint.initial_content=weights",
         )
 
 

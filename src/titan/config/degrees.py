@@ -135,6 +135,9 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
     if training.global_batch_size == -1 and not problems:
         rows = training.local_batch_size * data_degree(parallelism)
         training = replace(training, global_batch_size=rows)
+    checkpoint = replace(config.checkpoint, initial_load=_absolute(config.checkpoint.initial_load))
+    if checkpoint.last_dtype is Dtype.auto:
+        checkpoint = replace(checkpoint, last_dtype=Dtype.float32)
     cache = config.data.cache_dir or machine.cache_dir
     return replace(
         config,
@@ -144,7 +147,7 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         training=training,
         data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
         tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
-        checkpoint=replace(config.checkpoint, initial_load=_absolute(config.checkpoint.initial_load)),
+        checkpoint=checkpoint,
     ), problems
 
 

@@ -90,11 +90,23 @@ PipelineSchedule = Enum(
 """In which order a pipeline works; the names are PyTorch's."""
 
 
-class CheckpointMode(Enum):
-    """How checkpoints are written."""
+CheckpointMode = Enum("CheckpointMode", ["disabled", "sync", "async", "async_pinned"])
+"""How checkpoints are written."""
 
-    disabled = "disabled"
-    sync = "sync"
+
+class CheckpointContent(Enum):
+    """What a checkpoint holds, or what is taken from it."""
+
+    all = "all"
+    weights = "weights"
+
+
+class OnSpike(Enum):
+    """What to do at a loss or a gradient that is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
 
 
 class ActivationCheckpointMode(Enum):
@@ -410,15 +422,61 @@ class CheckpointConfig:
     """Saving and resuming."""
 
     mode: CheckpointMode = MISSING
-    """disabled, or sync: training waits while the checkpoint is written."""
+    """disabled; sync: training waits while it is written; async: only while it is copied to the CPU's memory;
+    async_pinned: not even that, for the next step's forward and backward go on meanwhile, at the price of keeping
+    that memory."""
     interval: int = 500
     """Steps between checkpoints; the last step is always saved."""
+    interval_minutes: float = 0.0
+    """Save also when so many minutes have passed since the last checkpoint; 0 goes by steps alone."""
     keep_latest: int = 3
     """How many to keep; 0 keeps all."""
+    keep_every: int = 0
+    """Keep for good each checkpoint whose step is a multiple of this; 0 keeps none."""
+    save_initial: bool = False
+    """Save step 0, the weights before training: a seed from which other layouts and other systems can start."""
+    last_content: CheckpointContent = CheckpointContent.all
+    """What the last step's checkpoint holds: all, or the weights alone, from which the run cannot go on."""
+    last_dtype: Dtype = Dtype.auto
+    """With last_content=weights: the format they are saved in; auto is that of training, float32."""
+    max_failures: int = 10
+    """Saves that may fail in a row, because the disk is full for instance, before the run ends with 73."""
+    retry_seconds: float = 60.0
+    """Time before a failed save is tried again; training goes on meanwhile."""
+    verify: bool = True
+    """Hold every byte of a checkpoint against its checksum before it is loaded; false looks at sizes only."""
+    strict: bool = False
+    """End the run with 66 at a damaged checkpoint, instead of setting it aside and taking the one before."""
     load_step: int = -1
-    """The step to resume from; -1 is the newest."""
+    """The step to go back to; later checkpoints are set aside. -1 goes on from the newest."""
     initial_load: str | None = None
-    """A checkpoint folder of another run whose weights a new run starts from."""
+    """What a new run starts from: a checkpoint folder of another run, or a Hugging Face folder."""
+    initial_content: CheckpointContent = CheckpointContent.weights
+    """With initial_load: take the weights alone, or all, optimizer and position in the data included."""
+    exclude: list[str] = field(default_factory=list)
+    """With initial_load: tensors that are not taken, by patterns of their names, such as optimizer.* or
+    model.output.weight. A run that goes on takes everything."""
+
+
+@dataclass
+class FaultToleranceConfig:
+    """What a run does when something goes wrong. A rank that hangs ends it with 74, and is named."""
+
+    step_timeout_seconds: int = 300
+    """Seconds that a step may take; 0 lets a hang be, until a collective times out."""
+    first_step_timeout_seconds: int = 1800
+    """Seconds from the ranks' meeting to the end of the first step, with building, loading and compiling; at least
+    step_timeout_seconds, and 0 is no limit."""
+    save_timeout_seconds: int = 1800
+    """Seconds that writing or reading a checkpoint, or a validation, may take; at least step_timeout_seconds, and 0 is
+    no limit."""
+    on_spike: OnSpike = OnSpike.stop
+    """At a loss or gradient that is not finite, before any weight has moved: stop the run with 71; skip the batch; or
+    go back to the last checkpoint and skip all batches from there to this one."""
+    spike_grad_norm: float | None = None
+    """Take a gradient norm above this for a spike too."""
+    max_spikes: int = 10
+    """Spikes of one run after which it stops whatever on_spike says."""
 
 
 @dataclass
@@ -471,6 +529,8 @@ class TitanConfig:
     """Recomputing activations."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    fault_tolerance: FaultToleranceConfig = field(default_factory=FaultToleranceConfig)
+    """When something goes wrong."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """What is written down."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)

@@ -7,7 +7,7 @@ it has, and the sampler here is a plain function of the step, so there is no sta
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,12 +92,13 @@ class PackedRows(Dataset[tuple[np.ndarray, ...]]):
 
 
 class _Steps(Sampler[list[int]]):
-    def __init__(self, share: Share, first_step: int, last_step: int) -> None:
-        self.share, self.first_step, self.last_step = share, first_step, last_step
+    def __init__(self, share: Share, first_step: int, last_step: int, left_out: Collection[int]) -> None:
+        self.share, self.first_step, self.last_step, self.left_out = share, first_step, last_step, left_out
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.last_step):
-            yield from self.share.micro_batches(step)
+            if step not in self.left_out:
+                yield from self.share.micro_batches(step)
 
 
 def build_loader(
@@ -107,11 +108,12 @@ def build_loader(
     last_step: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    left_out: Collection[int] = (),
 ) -> Iterable[Batch]:
-    """Return this rank's micro-batches of steps [first_step, last_step), counted from 0, in order."""
+    """Return this rank's micro-batches of steps [first_step, last_step), counted from 0, in order; some left out."""
     return DataLoader(  # type: ignore[return-value]
         rows,
-        batch_sampler=_Steps(share, first_step, last_step),
+        batch_sampler=_Steps(share, first_step, last_step, left_out),
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=pin_memory,

@@ -18,13 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from titan.config.schema import DataConfig
 from titan.data.source import Source, open_source
 from titan.data.tokenizer import Tokenizer
 from titan.errors import DataError
 
-_FORMAT = 1
+_FORMAT = 2
 _POLL_SECONDS = 0.1
 
 
@@ -71,6 +72,8 @@ class PackedTokens:
     """Documents left out, by reason."""
     longest_document_tokens: int
     vocab_size: int
+    digest: str = ""
+    """Of all tokens: XXH3, 128 bits, in hexadecimal."""
 
     def open(self) -> TokenFile:
         """Open the tokens for reading."""
@@ -154,12 +157,14 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tokenizer.n_tokens)
     temporary = folder / f".tokens.{os.uname().nodename}.{os.getpid()}.tmp"
-    total = longest = 0
+    digest, total, longest = xxhash.xxh3_128(), 0, 0
     try:
         with temporary.open("wb") as file:
             for text in source:
                 tokens = tokenizer.encode(text)
-                tokens.astype(dtype).tofile(file)
+                piece = tokens.astype(dtype).tobytes()
+                file.write(piece)
+                digest.update(piece)
                 total += len(tokens)
                 longest = max(longest, len(tokens))
         if not source.documents:
@@ -170,7 +175,14 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     packed = PackedTokens(
-        folder, total, source.documents, source.text_bytes, dict(source.skipped), longest, tokenizer.n_tokens
+        folder,
+        total,
+        source.documents,
+        source.text_bytes,
+        dict(source.skipped),
+        longest,
+        tokenizer.n_tokens,
+        digest.hexdigest(),
     )
     index = {key: value for key, value in asdict(packed).items() if key != "path"}
     temporary = folder / f".index.{os.uname().nodename}.{os.getpid()}.tmp"

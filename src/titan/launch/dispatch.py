@@ -8,27 +8,19 @@ from __future__ import annotations
 
 from enum import Enum
 
-from titan.config.keys import flatten, override
+from titan.checkpoint.manifest import committed_steps, rename_aside, step_folder
+from titan.config.continuation import changed_keys, refused_keys
+from titan.config.keys import override
 from titan.config.load import load_config, save_config
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.jobs import live_job
+from titan.launch.lock import check_not_in_use
 from titan.log import logger
 from titan.run_directory import RunDirectory, write_atomically
 
-CONTINUED = (
-    "model.",
-    "tokenizer.",
-    "data.kind",
-    "data.path",
-    "data.text_field",
-    "data.bad_documents",
-    "data.mask_documents",
-    "training.seq_len",
-    "training.global_batch_size",
-    "training.seed",
-)
-"""Keys, or groups of them, that a resumed run must not change."""
+SET_ASIDE = "aside"
+"""What the names of checkpoints begin with that a run has gone back behind."""
 
 
 class Frozen(Enum):
@@ -46,11 +38,11 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
         Whether the run is new, goes on, or is complete already, in which case nothing was written.
 
     Raises:
-        ConfigError: If the directory holds another run, which this config would not continue, or a job has it that
-            has not ended.
+        ConfigError: If the directory holds another run, which this config would not continue, or a run or a job has
+            it that has not ended.
     """
     try:
-        found = _continue_run(config, directory) if directory.config.exists() else Frozen.new
+        found = _continue_run(config, directory) if directory.config.exists() else _begin_run(config, directory)
         if found is not Frozen.complete:
             directory.path.mkdir(parents=True, exist_ok=True)
             save_config(config, directory.config)
@@ -68,10 +60,18 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
     return found
 
 
-def changed_keys(before: TitanConfig, now: TitanConfig) -> dict[str, tuple[object, object]]:
-    """Return the keys whose values differ, each with both values."""
-    old, new = flatten(before), flatten(now)
-    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+def _begin_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
+    check_not_in_use(directory)  # a rank by hand keeps no config here
+    if config.checkpoint.load_step >= 0:
+        raise ConfigError(
+            [
+                Problem(
+                    f"checkpoint.load_step = {config.checkpoint.load_step}, but {config.run.dir} holds no run",
+                    suggestion="run.dir=<the folder of the run to go back in>",
+                )
+            ]
+        )
+    return Frozen.new
 
 
 def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
@@ -83,11 +83,14 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
             [Problem(problem.what, problem.why, "run.dir=ANOTHER   for a new run") for problem in error.problems]
         ) from error
     changes = changed_keys(before, config)
-    refused = [key for key in changes if key.startswith(CONTINUED)]
+    refused = refused_keys(changes)
     if refused:
         raise ConfigError([_refuse(group, refused, changes, directory) for group in _groups(refused)])
-    if directory.is_complete(config.training.steps):
+    goes_back = "checkpoint.load_step" in changes and config.checkpoint.load_step >= 0
+    if directory.is_complete(config.training.steps) and not goes_back:
         return Frozen.complete
+    if goes_back:
+        _check_step(config.checkpoint.load_step, directory)
     if (job := live_job(directory)) is not None:
         raise ConfigError(
             [
@@ -98,9 +101,38 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
                 )
             ]
         )
+    check_not_in_use(directory)
     for key, (old, new) in changes.items():
         logger.info(f"resuming with {key} = {new} (was {old})")
+    if "checkpoint.load_step" in changes:  # a command that is typed, or started, again has gone back already
+        _go_back(config.checkpoint.load_step, directory)
     return Frozen.continued
+
+
+def _go_back(step: int, directory: RunDirectory) -> None:
+    """Set the checkpoints after a step aside, so that the newest is the one to go on from."""
+    for later in committed_steps(directory.checkpoints):
+        if step >= 0 and later > step:
+            path = step_folder(directory.checkpoints, later)
+            aside = rename_aside(path, SET_ASIDE)
+            logger.info(f"going back to step {step}: {path.name} is set aside as {aside.name}")
+            directory.append_event("rewind", step=step, checkpoint=path.name, moved_to=aside.name)
+    if step >= 0:
+        directory.write_status("preempted", why=f"gone back to step {step}", step=step, saved_step=step)
+
+
+def _check_step(step: int, directory: RunDirectory) -> None:
+    there = committed_steps(directory.checkpoints)
+    if step >= 0 and step not in there:
+        raise ConfigError(
+            [
+                Problem(
+                    f"checkpoint.load_step = {step}, but {directory.checkpoints} has no such checkpoint",
+                    f"There are: {', '.join(map(str, there)) or 'none'}",
+                    "checkpoint.load_step=-1   (the newest)",
+                )
+            ]
+        )
 
 
 def _refuse(

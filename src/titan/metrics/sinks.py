@@ -12,25 +12,55 @@ from titan.log import logger
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line, flushed as it goes, no step twice."""
+    """metrics.jsonl: one object a line, flushed as it goes, no step twice.
+
+    What cannot be written, because the disk is full for instance, is kept and written with the next line that can.
+    """
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Open for appending; lines beyond the step that is resumed from are dropped, for they will come again."""
-        if path.exists():
-            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resumed_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, path)
+        self.path = path
+        self._waiting = ""
+        self._drop_after(resumed_step)
         self._file = path.open("a")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(row) + "\n"
+        self._flush()
+
+    def step(self) -> None:
+        """Take note of a step; of no use to a file."""
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines beyond a step that the run has gone back to."""
+        self._flush()
+        self._file.close()
+        self._drop_after(step)
+        self._file = self.path.open("a")
 
     def close(self) -> None:
         """Close the file."""
+        self._flush()
         self._file.close()
+
+    def _flush(self) -> None:
+        # Unbuffered, because a buffer that a full disk has refused would be written a second time.
+        data = self._waiting.encode()
+        written = 0
+        try:
+            while written < len(data):
+                written += os.write(self._file.fileno(), data[written:])
+        except OSError as error:
+            logger.warning(f"{self.path.name} cannot be written now: {error.strerror}")
+        self._waiting = data[written:].decode()
+
+    def _drop_after(self, step: int) -> None:
+        if self.path.exists():
+            kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, self.path)
 
 
 class Console:
@@ -49,6 +79,11 @@ class Console:
         """Advance the progress bar."""
         if self._bar is not None:
             self._bar.update()
+
+    def rewind(self, step: int) -> None:
+        """Take the progress bar back to a step."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
 
     def write(self, row: dict[str, Any]) -> None:
         """Show a row of metrics."""

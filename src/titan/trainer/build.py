@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from titan.checkpoint.store import CheckpointStore, NamedParameters, load_weights
+from titan.checkpoint.state import NamedParameters
+from titan.checkpoint.store import CheckpointStore
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
 from titan.config.schema import CheckpointMode, TitanConfig
 from titan.data.batch import RowOrder
@@ -29,6 +30,8 @@ from titan.trainer.device import device_name
 from titan.trainer.model import build_model
 from titan.trainer.state import TrainState
 from titan.trainer.step import ForwardBackward
+
+_NO_LIMIT_SECONDS = 10 * 365 * 24 * 3600
 
 
 @dataclass
@@ -55,6 +58,8 @@ class Trainer:
     """Which positions of every row this rank has; None for all."""
     store: CheckpointStore | None
     state: TrainState = field(default_factory=TrainState)
+    run_identity: str = ""
+    """What the run's checkpoints carry."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -86,7 +91,12 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
     directory = RunDirectory(Path(config.run.dir))
     store = None
     if config.checkpoint.mode is not CheckpointMode.disabled:
-        store = CheckpointStore(directory.checkpoints, config.checkpoint.keep_latest)
+        store = CheckpointStore(
+            directory.checkpoints,
+            config.checkpoint,
+            config.fault_tolerance.save_timeout_seconds or _NO_LIMIT_SECONDS,
+            directory.append_event,
+        )
     trainer = Trainer(
         config,
         directory,
@@ -120,24 +130,6 @@ def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:
     """Return the tokenised data; before the process group is there, so that no collective waits for it."""
     tokenizer = build_tokenizer(config.tokenizer)
     return pack_tokens(config.data, tokenizer, is_writer, config.cluster.timeout_seconds)
-
-
-def resume(trainer: Trainer) -> None:
-    """Go on from the checkpoint that the config says, if there is one; else take `initial_load`'s weights.
-
-    Raises:
-        CheckpointError: If a step was asked for that is not there, or a checkpoint does not fit.
-    """
-    wanted, store = trainer.config.checkpoint, trainer.store
-    steps = store.steps() if store else []
-    step = steps[-1] if steps and wanted.load_step == -1 else wanted.load_step
-    if store is not None and step >= 0:
-        extra = store.load(step, trainer.parameters, trainer.optimizer)
-        trainer.state = TrainState(step=step, tokens=extra["tokens"])
-        logger.info(f"resumed at step {step}")
-    elif wanted.initial_load is not None:
-        load_weights(Path(wanted.initial_load), trainer.parameters)
-        logger.info(f"initial weights from {wanted.initial_load}")
 
 
 def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:

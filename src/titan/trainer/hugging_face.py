@@ -38,19 +38,32 @@ def load_hugging_face(parameters: list[tuple[str, nn.Parameter]], folder: Path, 
         CheckpointError: If the folder is not whole, or is of another shape; nothing is filled then.
     """
     stored = read_hugging_face_config(folder)
-    check_usable(folder, [f"model.{line}" for line in _different(config, stored, SHAPE_KEYS)])
+    lines = compare_models(config, stored, folder)
     weights = HuggingFaceWeights(folder, stored, load_family("llama"))
     infos = weights.infos()
     check_usable(folder, [f"it has no {name}" for name, _ in parameters if name not in infos])
     with torch.no_grad():
         for name, parameter in parameters:
             _fill(name, parameter, weights)
-    return [f"{folder}: {line}" for line in _different(config, stored, _FUNCTION_KEYS)]
+    return lines
+
+
+def compare_models(config: ModelConfig, stored: ModelConfig, folder: Path) -> list[str]:
+    """Hold the model that is trained against the one that weights were saved from.
+
+    Returns:
+        What differs besides the shape, as lines for the log: a run may mean to stretch its context.
+
+    Raises:
+        CheckpointError: If the shape differs.
+    """
+    check_usable(folder, [f"model.{line}" for line in _different(config, stored, SHAPE_KEYS)])
+    return [f"{folder}: model.{line}" for line in _different(config, stored, _FUNCTION_KEYS)]
 
 
 def _different(config: ModelConfig, stored: ModelConfig, keys: tuple[str, ...]) -> list[str]:
     ours, theirs = asdict(config), asdict(stored)
-    return [f"{key} = {ours[key]}, and its config.json says {theirs[key]}" for key in keys if ours[key] != theirs[key]]
+    return [f"{key} = {ours[key]}, and it was saved with {theirs[key]}" for key in keys if ours[key] != theirs[key]]
 
 
 def _fill(name: str, parameter: nn.Parameter, weights: Weights) -> None:

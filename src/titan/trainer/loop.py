@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.distributed as dist
 
 from titan.config.degrees import accumulation_steps
 from titan.data.loader import Batch, build_loader
-from titan.errors import Stopped
+from titan.errors import NonFiniteError, Stopped
 from titan.log import logger
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.metrics.meter import Meter, bits_per_byte
@@ -22,14 +22,18 @@ from titan.optim.schedule import lr_factor, set_learning_rate
 from titan.trainer.build import Trainer
 from titan.trainer.device import GarbageCollector, device_name
 from titan.trainer.profile import Profile
+from titan.trainer.saving import Saver, Wishes
+from titan.trainer.spikes import Ledger
 from titan.trainer.step import StepResult, train_step
+from titan.trainer.watchdog import Watchdog
 
 
-def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | None:
+def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambda: 0) -> float | None:
     """Train from where the state stands to the last step.
 
     Args:
         trainer: Built, and resumed where there is something to resume.
+        watchdog: Is told of every step.
         warning: Returns the signal that has told this rank to stop, or 0. One rank's is enough for all.
 
     Returns:
@@ -37,38 +41,56 @@ def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | Non
 
     Raises:
         Stopped: After a warning, on every rank after the same step, once that is saved.
+        NonFiniteError: At a spike that `fault_tolerance.on_spike` does not get over.
+        StorageError: When saving has failed `checkpoint.max_failures` times in a row.
     """
     config, state = trainer.config, trainer.state
     steps = config.training.steps
-    is_writer = dist.get_rank() == 0
     meter = build_meter(trainer)
     with contextlib.ExitStack() as stack:
-        sinks: list[JsonLines | Console] = []
-        console = None
-        if is_writer:
-            console = Console(steps, state.step, (trainer.packed.tokens, trainer.packed.text_bytes))
-            sinks = [JsonLines(trainer.directory.metrics, state.step), console]
-            for sink in sinks:
-                stack.callback(sink.close)
+        saver, ledger = Saver(trainer, meter), Ledger(trainer)
+        stack.callback(saver.close)
+        sinks = open_sinks(trainer)
+        for sink in sinks:
+            stack.callback(sink.close)
         collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
         profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
         result = None
-        began, batches = time.perf_counter(), steps_of_batches(trainer, meter)
+        began, batches = time.perf_counter(), steps_of_batches(trainer, meter, ledger.steps)
         reset_peak_memory(trainer.device)
-        while state.step < steps:
-            result, learning_rate = run_step(trainer, next(batches))
-            meter.steps += 1
-            if console is not None:
-                console.step()
-            if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
-                write_metrics(trainer, meter, result, learning_rate, sinks)
-            told = warning_of_any_rank(trainer, warning) if state.step < steps else 0
-            save_if_due(trainer, meter, is_last=told > 0)
-            if told:
-                raise Stopped(signal.Signals(told).name, state.step, trainer.store is not None)
+        if config.checkpoint.save_initial and trainer.state.step == 0:
+            with watchdog.extended():
+                saver.save_now()
+        while (state := trainer.state).step < steps:
+            watchdog.step(state.step + 1)
+            if state.step + 1 in ledger.steps:
+                state.step += 1
+            else:
+                try:
+                    result, learning_rate = run_step(trainer, next(batches), saver.wait_for_copies)
+                except NonFiniteError as spike:
+                    with watchdog.extended():
+                        has_gone_back = ledger.answer(spike, saver)
+                    if has_gone_back:
+                        batches = steps_of_batches(trainer, meter, ledger.steps)
+                        for sink in sinks:
+                            sink.rewind(trainer.state.step)
+                    continue
+                meter.steps += 1
+                if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
+                    write_metrics(trainer, meter, result, learning_rate, sinks)
+            for sink in sinks:
+                sink.step()
+            told, wishes = agree(trainer, warning() if state.step < steps else 0, saver.wishes())
+            with watchdog.extended():
+                if told:
+                    raise Stopped(signal.Signals(told).name, state.step, saver.save_now())
+                saver.after_step(wishes)
             profile.step()
             collector.step(state.step)
-    if is_writer and result is not None:
+        with watchdog.extended():
+            saver.save_last()
+    if dist.get_rank() == 0 and result is not None:
         bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
         logger.info(
             f"done: step {state.step}, loss {result.loss:.4f} nats a token = {bits:.3f} bits a byte, "
@@ -77,8 +99,28 @@ def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | Non
     return result.loss if result is not None else None
 
 
-def run_step(trainer: Trainer, batches: list[Batch]) -> tuple[StepResult, float]:
-    """Take the next step with its learning rate, and count it; returns what it gave and that rate."""
+def open_sinks(trainer: Trainer) -> list[JsonLines | Console]:
+    """Return where metrics go: on one rank to the file and the console, on the others nowhere."""
+    if dist.get_rank() != 0:
+        return []
+    step, steps = trainer.state.step, trainer.config.training.steps
+    console = Console(steps, step, (trainer.packed.tokens, trainer.packed.text_bytes))
+    return [JsonLines(trainer.directory.metrics, step), console]
+
+
+def run_step(
+    trainer: Trainer, batches: list[Batch], before_update: Callable[[], None] = lambda: None
+) -> tuple[StepResult, float]:
+    """Take the next step with its learning rate, and count it; returns what it gave and that rate.
+
+    Args:
+        trainer: Whose next step it is.
+        batches: The step's micro-batches on this rank.
+        before_update: Called before any weight or optimizer state changes.
+
+    Raises:
+        NonFiniteError: See `train_step`; the step is not counted.
+    """
     config, state = trainer.config, trainer.state
     learning_rate = config.optimizer.lr * lr_factor(state.step, config.training.steps, config.lr_scheduler)
     set_learning_rate(trainer.optimizer, learning_rate)
@@ -91,6 +133,8 @@ def run_step(trainer: Trainer, batches: list[Batch]) -> tuple[StepResult, float]
         trainer.mesh.loss_group,
         trainer.mesh.stage_group,
         trainer.copies,
+        config.fault_tolerance.spike_grad_norm,
+        before_update,
     )
     state.step += 1
     state.tokens += trainer.tokens_per_step
@@ -108,8 +152,14 @@ def build_meter(trainer: Trainer) -> Meter:
     )
 
 
-def steps_of_batches(trainer: Trainer, meter: Meter) -> Iterator[list[Batch]]:
-    """Yield each step's micro-batches on the device; the time waited for them goes into the meter."""
+def steps_of_batches(trainer: Trainer, meter: Meter, left_out: Collection[int] = ()) -> Iterator[list[Batch]]:
+    """Yield each step's micro-batches on the device; the time waited for them goes into the meter.
+
+    Args:
+        trainer: From whose next step on.
+        meter: Takes the time.
+        left_out: Steps, counted from 1, that have none.
+    """
     config = trainer.config
     loader = iter(
         build_loader(
@@ -119,6 +169,7 @@ def steps_of_batches(trainer: Trainer, meter: Meter) -> Iterator[list[Batch]]:
             config.training.steps,
             config.data.num_workers,
             pin_memory=trainer.device.type == "cuda",
+            left_out={step - 1 for step in left_out},
         )
     )
     while True:
@@ -140,25 +191,15 @@ def write_metrics(
         sink.write(row)
 
 
-def warning_of_any_rank(trainer: Trainer, warning: Callable[[], int]) -> int:
-    """Return the same signal on every rank, or 0; one rank may have been told before, or instead of, the others."""
+def agree(trainer: Trainer, told: int, wishes: Wishes) -> tuple[int, Wishes]:
+    """Return the largest of all ranks' values: the signal that told one to stop, or 0, and what concerns saving.
+
+    The one exchange that the ranks make after a step, for one of them may have been told before, or instead of, the
+    others.
+    """
     if dist.get_world_size() == 1:
-        return warning()
-    told = torch.tensor(warning(), device=trainer.device)
-    dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    return int(told.item())
-
-
-def save_if_due(trainer: Trainer, meter: Meter, is_last: bool = False) -> None:
-    """Save a checkpoint at every interval, at the end, and before the run is stopped."""
-    config, step = trainer.config, trainer.state.step
-    is_last |= step == config.training.steps
-    if trainer.store is None or (step % config.checkpoint.interval and not is_last):
-        return
-    start = time.perf_counter()
-    path = trainer.store.save(step, trainer.parameters, trainer.optimizer, {"tokens": trainer.state.tokens})
-    seconds = time.perf_counter() - start
-    meter.checkpoint_seconds += seconds
-    if dist.get_rank() == 0:
-        logger.info(f"saved {path.relative_to(trainer.directory.path)} in {seconds:.2f} s")
-        trainer.directory.append_event("save", step=step, seconds=round(seconds, 3))
+        return told, wishes
+    values = torch.tensor([told, wishes.is_due, wishes.is_saving], device=trainer.device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    told, is_due, is_saving = values.tolist()
+    return told, Wishes(is_due, is_saving)

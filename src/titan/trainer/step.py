@@ -58,6 +58,8 @@ def train_step(
     loss_group: dist.ProcessGroup,
     stage_group: dist.ProcessGroup | None,
     copies: Sequence[nn.Parameter] = (),
+    spike_grad_norm: float | None = None,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Do one step on this rank's micro-batches.
 
@@ -70,10 +72,12 @@ def train_step(
         loss_group: The ranks that see other tokens.
         stage_group: The ranks that have other stages of the model, if there are any.
         copies: Those of the parameters whose original is on another stage: they count once in the norm.
+        spike_grad_norm: A norm above this is as bad as one that is not finite; None knows no limit.
+        before_update: Called before any weight or optimizer state changes.
 
     Raises:
-        NonFiniteError: If the loss or the gradient norm is not finite, before any weight has moved. Both are global,
-            so all ranks raise together.
+        NonFiniteError: If the loss or the gradient norm is not finite, or the norm above its limit, before any weight
+            has moved. Both are global, so all ranks raise together.
     """
     optimizer.zero_grad()
     valid_tokens = count_valid_tokens([batch.labels for batch in batches], loss_group)
@@ -83,9 +87,19 @@ def train_step(
         dist.all_reduce(loss, group=stage_group)
     norm = global_grad_norm(parameters, loss.device, stage_group, copies)
     result = StepResult(*torch.stack((loss, norm)).tolist())
-    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
-        if not abs(value) < float("inf"):
-            raise NonFiniteError(f"the {name} is {value}; no weight was moved")
+    if (wrong := find_spike(result, spike_grad_norm)) is not None:
+        raise NonFiniteError(f"{wrong}; no weight was moved", result.loss, result.grad_norm)
     clip_gradients(parameters, norm, max_grad_norm)
+    before_update()
     optimizer.step()
     return result
+
+
+def find_spike(result: StepResult, spike_grad_norm: float | None) -> str | None:
+    """Return what is wrong with a step's loss or gradient norm, or None."""
+    for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+        if not abs(value) < float("inf"):
+            return f"the {name} is {value}"
+    if spike_grad_norm is not None and result.grad_norm > spike_grad_norm:
+        return f"the gradient norm is {result.grad_norm:.4g}, above {spike_grad_norm:g}"
+    return None

@@ -4,6 +4,7 @@ Python imports a module of this name before it runs anything, so the code under 
 planted when, and only where, `titan.trainer.step` is imported.
 """
 
+import ctypes
 import importlib.util
 import os
 import sys
@@ -31,6 +32,8 @@ class _Plant:
 def _wrap(train_step):
     fault, rank, at = os.environ["PLANTED_FAULT"].split(":")
     done = 0
+    if fault == "read" and os.environ.get("RANK", "0") == rank:
+        _hang_when_reading(int(at))
     if fault == "environment":  # how long the values of some variables are: of a secret, more would be told
         print(*(f"{name} {len(os.environ.get(name, ''))}" for name in rank.split(",")), flush=True)
     if fault == "slow":  # every step of every rank
@@ -53,6 +56,10 @@ def _wrap(train_step):
                 os.kill(os.getpid(), 9)
             if fault == "sleep":
                 time.sleep(600)
+            if fault == "stop":  # does not answer any more, and is not gone either
+                os.kill(os.getpid(), 19)
+            if fault == "lock":  # hangs in native code that keeps Python's lock
+                ctypes.PyDLL(None).sleep(600)
             if fault == "scale":  # gradients a little too large
 
                 def scaled(*given):
@@ -72,6 +79,22 @@ def _wrap(train_step):
         return train_step(batches, forward_backward, *rest)
 
     return faulty
+
+
+def _hang_when_reading(at):
+    """Let every process that reads rows (2 a step, as TINY has them) hang at a row of a step."""
+    from titan.data.loader import PackedRows
+
+    read, rows = PackedRows.__getitem__, 0
+
+    def hang(*given):
+        nonlocal rows
+        rows += 1
+        if rows > 2 * (at - 1):
+            time.sleep(600)
+        return read(*given)
+
+    PackedRows.__getitem__ = hang
 
 
 if "PLANTED_FAULT" in os.environ:

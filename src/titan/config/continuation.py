@@ -1,0 +1,31 @@
+"""Which keys a run may change when it goes on, and which would make another run of it."""
+
+from __future__ import annotations
+
+from titan.config.keys import flatten
+from titan.config.schema import TitanConfig
+
+CONTINUED = (
+    "model.",
+    "tokenizer.",
+    "data.kind",
+    "data.path",
+    "data.text_field",
+    "data.bad_documents",
+    "data.mask_documents",
+    "training.seq_len",
+    "training.global_batch_size",
+    "training.seed",
+)
+"""Keys, or groups of them, that a resumed run must not change."""
+
+
+def changed_keys(before: TitanConfig, now: TitanConfig) -> dict[str, tuple[object, object]]:
+    """Return the keys whose values differ, each with both values."""
+    old, new = flatten(before), flatten(now)
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def refused_keys(changes: dict[str, tuple[object, object]]) -> list[str]:
+    """Return those of the changed keys that decide the weights or the data."""
+    return [key for key in changes if key.startswith(CONTINUED)]

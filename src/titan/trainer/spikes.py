@@ -1,0 +1,89 @@
+"""Spikes: a loss or a gradient that is no number, or too large, and what a run does about it.
+
+The step is found out before any weight has moved, on all ranks alike, for loss and norm are global. The run then stops;
+or it leaves the batch out and goes on; or it goes back to the last checkpoint and leaves out every batch from there to
+this one, which is what one does against instability that had been building up.
+
+What was left out is written to a ledger in the run directory before the run goes on. A run that resumes reads it first,
+so it leaves out the same batches and is the same run.
+
+Source:
+    PaLM, https://arxiv.org/abs/2204.02311, section 5.1 (go back and skip batches).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from titan.config.schema import CheckpointContent, FaultToleranceConfig, OnSpike
+from titan.errors import NonFiniteError
+from titan.log import logger
+from titan.trainer.build import Trainer
+from titan.trainer.resume import load_checkpoint
+from titan.trainer.saving import Saver
+
+
+class Ledger:
+    """The steps that a run leaves out.
+
+    Args:
+        trainer: Whose run directory holds the ledger.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.settings: FaultToleranceConfig = trainer.config.fault_tolerance
+        found: list[Any] = [trainer.directory.read_ledger() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found)
+        self.spikes = len(found[0])
+        self.steps = {step for row in found[0] for step in range(row["first_step"], row["last_step"] + 1)}
+
+    def answer(self, spike: NonFiniteError, saver: Saver) -> bool:
+        """Do what the config says about the step in hand.
+
+        Returns:
+            Whether the run has gone back to a checkpoint; else only this step is left out.
+
+        Raises:
+            NonFiniteError: If the run is to stop.
+        """
+        trainer, action = self.trainer, self.settings.on_spike
+        step = trainer.state.step + 1
+        if action is OnSpike.stop:
+            raise self._stop(spike, step, "")
+        if self.spikes >= self.settings.max_spikes:
+            raise self._stop(spike, step, f"; there were {self.spikes} before: fault_tolerance.max_spikes")
+        first = step
+        if action is OnSpike.rollback:
+            first = self._go_back(spike, saver) + 1
+        self.spikes += 1
+        self.steps |= set(range(first, step + 1))
+        self._write(spike, first, step)
+        return action is OnSpike.rollback
+
+    def _go_back(self, spike: NonFiniteError, saver: Saver) -> int:
+        """Load the last checkpoint; returns its step."""
+        saver.settle()
+        store = self.trainer.store
+        saved = store.find(self.trainer.run_identity) if store is not None else None
+        if store is None or saved is None:
+            raise self._stop(spike, self.trainer.state.step + 1, "; there is no checkpoint to go back to")
+        load_checkpoint(self.trainer, store, saved.path, saved.manifest, CheckpointContent.all)
+        return saved.manifest.step
+
+    def _write(self, spike: NonFiniteError, first: int, last: int) -> None:
+        if dist.get_rank() != 0:
+            return
+        row = {"first_step": first, "last_step": last, "loss": str(spike.loss), "grad_norm": str(spike.grad_norm)}
+        self.trainer.directory.append_ledger(row)
+        self.trainer.directory.append_event("spike", action=self.settings.on_spike.name, step=last, **row)
+        left_out = f"step {last} is" if first == last else f"steps {first} to {last} are"
+        logger.warning(f"step {last}: {spike}; {left_out} left out")
+
+    def _stop(self, spike: NonFiniteError, step: int, why: str) -> NonFiniteError:
+        if dist.get_rank() == 0:
+            values = {"loss": str(spike.loss), "grad_norm": str(spike.grad_norm)}
+            self.trainer.directory.append_event("spike", action="stop", step=step, **values)
+        return NonFiniteError(f"step {step}: {spike}{why}", spike.loss, spike.grad_norm)
