@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tests.reference.hugging_face import build_hugging_face
-from tests.support.command import Finished
+from tests.support.command import TINY, Finished, results
 from tests.support.foreign import (
     META,
     SCALING,
@@ -403,7 +403,7 @@ def test_diff_says_how_far(convert: Convert, saved: Path) -> None:
     assert found.code == 1
     assert found.out.count("apart       ") == 10
     assert "            ... and 20 more" in found.out
-    assert "1.0e-03 of the largest number, 3,840 of 3,840 numbers" in found.out
+    assert "1.0e-03 of the largest number, in 3,840 of 3,840" in found.out
     assert "note        step 10 and step 20" in found.out
     assert "tensors     90 in both: 60 equal, 0 within 0, 30 apart\nverdict     different" in found.out
     assert convert("diff", first, second, "--tolerance", "2e-3").code == 0
@@ -437,9 +437,7 @@ def test_diff_of_what_is_no_number(convert: Convert, here: Path) -> None:
     assert convert("diff", "b", "b").code == 0
     found = convert("diff", "a", "b", "--tolerance", "1e9")
     assert found.code == 1
-    assert (
-        "norm.weight                              inf at most, inf of the largest number, 1 of 48 numbers" in found.out
-    )
+    assert "apart       norm.weight  inf at most, inf of the largest number, in 1 of 48\n" in found.out
 
 
 # Mistakes
@@ -615,6 +613,29 @@ def test_the_code_that_a_config_names_is_not_imported(convert: Convert, here: Pa
     assert found.code == 66
     assert "model.family = evil:FAMILY: other formats know titan's own families only: llama" in found.err
     assert not (here / "ran").exists()
+
+
+# A run
+
+
+@pytest.mark.slow
+def test_a_trained_run_goes_out_and_is_trained_on(
+    convert: Convert, trained: Path, here: Path, titan_process: Callable[..., Finished], text_file: Path
+) -> None:
+    """Its newest checkpoint as a Hugging Face folder, from which another run starts at the loss where it ended."""
+    exported = convert("export", trained, "model", "--to", "hugging_face")
+    assert exported.code == 0, exported.text
+    imported = convert("import", "model", "checkpoint")
+    assert imported.code == 0, imported.text
+    found = convert("diff", trained, "checkpoint")
+    assert found.code == 0, found.text
+    same = [*TINY, f"data.path={text_file}", "metrics.log_every=1", "training.steps=1", "optimizer.lr=1e-30"]
+    for name in ("model", "checkpoint"):
+        finished = titan_process(*same, f"run.dir=from_{name}", f"checkpoint.initial_load={name}")
+        assert finished.code == 0, finished.text
+    losses = [results(here / f"from_{name}")[0][1] for name in ("model", "checkpoint")]
+    assert losses[0] == losses[1]
+    assert losses[0] < results(trained)[0][1]
 
 
 # Memory

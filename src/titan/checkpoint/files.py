@@ -193,8 +193,9 @@ class _SavePlanner(DefaultSavePlanner):
         # PyTorch's writer holds on to every tensor until its file is complete (2.13), which one format of it needs.
         if self.release and self.before is not None:
             self.before.untyped_storage().resize_(0)
-        self.before = super().resolve_data(write_item).detach()
-        return self.before
+        data = super().resolve_data(write_item).detach()
+        self.before = data if isinstance(data, Tensor) else None
+        return data
 
 
 class _LoadPlanner(DefaultLoadPlanner):
