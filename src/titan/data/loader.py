@@ -123,11 +123,12 @@ def build_loader(
 
 
 def _leave_stopping_to_the_rank(worker: int) -> None:
-    """Let a worker outlive the SIGTERM that schedulers send to all processes: its rank still needs batches to stop.
+    """Let a worker outlive what schedulers (SIGTERM) and terminals (SIGINT) send to all processes.
 
-    It ends when its rank says so, or has ended.
+    Its rank still needs batches to stop. It ends when its rank says so, or has ended.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(rows: list[tuple[np.ndarray, ...]]) -> Batch:
