@@ -295,6 +295,25 @@ def test_a_tensor_that_was_written_wrongly_is_found(
     assert list(here.iterdir()) == []
 
 
+def test_every_row_of_the_embedding_counts(
+    convert: Convert, models: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those of words that the comparison's few tokens do not use."""
+    original = SavedTensors.read
+
+    def read(self: SavedTensors, name: str, *part: Any) -> Tensor:
+        tensor = original(self, name, *part)
+        if name == "tok_embeddings.weight":
+            tensor[69, 5] += 1e-6
+        return tensor
+
+    monkeypatch.setattr(SavedTensors, "read", read)
+    imported = convert("import", models / "plain", "out")
+    assert imported.code == 1
+    assert "what was written is not its source: tok_embeddings.weight differs" in imported.err
+    assert list(here.iterdir()) == []
+
+
 def test_a_full_disk_is_an_error_that_leaves_nothing(
     convert: Convert, saved: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
