@@ -21,7 +21,7 @@ from tests.faults.supervisor import HANG_SECONDS, Run
 from tests.support.command import FAULT, TINY, clean_environment, finish, start
 
 INTERVAL = 3
-STEPS = 90
+STEPS, SHORT = 90, 24
 SEED = int(os.environ.get("FAULT_SEED", "1"))
 
 MakeReference = Callable[..., Reference]
@@ -77,20 +77,28 @@ def make_run(here: Path, cache: Path, text_file: Path, draw: Random, report: Rep
     """Return a run of two ranks in a folder of its own, to be compared with a reference."""
     report.test = request.node.name
 
-    def make(reference: Reference, *arguments: str, lost_intervals: int = 1) -> Run:
-        words = [*command(max(reference.rows), text_file), "checkpoint.keep_latest=3", *arguments]
+    def make(
+        reference: Reference,
+        *arguments: str,
+        lost_intervals: int = 1,
+        folder: Path = here,
+        cache: Path = cache,
+        data: Path = text_file,
+    ) -> Run:
+        words = [*command(max(reference.rows), data), "checkpoint.keep_latest=3", *arguments]
         environment = clean_environment(cache)
-        return Run(here, words, environment, reference, draw, report, INTERVAL, lost_intervals)
+        return Run(folder, words, environment, reference, draw, report, INTERVAL, lost_intervals)
 
     return make
 
 
-def command(steps: int, text_file: Path) -> list[str]:
+def command(steps: int, data: Path) -> list[str]:
     """Return the arguments of a run of two ranks, sharded."""
     return [
-        *TINY,
+        *(word for word in TINY if not word.startswith("data=")),
+        f"data={'jsonl' if data.suffix == '.jsonl' else 'text'}",
+        f"data.path={data}",
         f"training.steps={steps}",
-        f"data.path={text_file}",
         "run.dir=run",
         "parallelism=fsdp",
         "cluster.devices_per_node=2",

@@ -35,6 +35,17 @@ HANG_SECONDS = 150
 GONE_SECONDS = 15
 
 
+def read_until(process: Started, words: str) -> None:
+    """Read what a command says until some words come; it may not end before."""
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if words in line:
+            return
+    raise AssertionError(f"it ended without saying {words!r}:\n{''.join(said)}{finish(process).err}")
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One start of the command, and how it ended."""
@@ -73,6 +84,8 @@ class Run:
     report: Report
     interval: int
     lost_intervals: int = 1
+    before_spike: Reference | None = None
+    """The run without the spike: what is written before a spike that makes the run go back."""
     _judged: set[tuple[int, str]] = field(default_factory=set)
     _recovering: Record | None = None
 
@@ -166,8 +179,9 @@ class Run:
         """Hold every row, and every checkpoint not looked at before, against the reference."""
         rows = self.rows()
         assert [row[0] for row in rows] == sorted({row[0] for row in rows}), f"rows out of order: {story}"
+        before = self.before_spike.rows if self.before_spike else {}
         for row in rows:
-            assert row == self.reference.rows.get(row[0]), f"another step {row[0]}: {story}"
+            assert row in (self.reference.rows.get(row[0]), before.get(row[0])), f"another step {row[0]}: {story}"
         for step in self.whole_steps():
             folder = step_folder(self.checkpoints, step)
             saved = step, Manifest.read(folder).time
@@ -211,9 +225,9 @@ class Run:
         assert self.newest() == before, f"{name}: step {newest} is still whole"
         self._recovering = self.report.add(name, None, newest - before, f"step {newest}")
 
-    def complete(self) -> None:
-        """Let the run come to its end without another fault: it must be the reference, whole."""
-        self.attempt(codes=(0,))
+    def complete(self, faults: str = "") -> None:
+        """Let the run come to its end without another fault that would end it: it must be the reference, whole."""
+        self.attempt(faults, codes=(0,))
         self.expect_end()
 
     def expect_end(self) -> None:

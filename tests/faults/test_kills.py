@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults import cases
 from tests.faults.cases import Case, Moment
-from tests.faults.conftest import INTERVAL, MakeReference, MakeRun
+from tests.faults.conftest import INTERVAL, SHORT, MakeReference, MakeRun
 from tests.faults.damage import DAMAGES, put_foreign
 from tests.faults.supervisor import Run
 from tests.support.command import Started, processes_with, wait_until
@@ -45,7 +45,7 @@ def shuffled(draw: Random, first: Case, *others: Case) -> list[Case]:
 
 def test_a_run_survives(make_run: MakeRun, undisturbed: MakeReference) -> None:
     """A kill in a save, one between rename and clean-up, and a damaged checkpoint: the same run, to the bit."""
-    run = make_run(undisturbed(24), "checkpoint=async", lost_intervals=2)
+    run = make_run(undisturbed(SHORT), "checkpoint=async", lost_intervals=2)
     strike(run, cases.BACKGROUND[3])
     name = "a bit is flipped in any file"
     if len(run.whole_steps()) > 1:
