@@ -13,7 +13,7 @@ from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import Device
 from titan.errors import ConfigError
-from titan.verify import FLOAT8, FLOAT32, build_layout, build_reference, shrink_config, tolerance_of
+from titan.verify.parity import FLOAT8, FLOAT32, build_layout, build_reference, shrink_config, tolerance_of
 
 from .conftest import Command
 from .support.command import FAULT, TINY
@@ -74,8 +74,8 @@ def test_a_rank_that_fails_is_named_and_its_log_kept(titan_process: Command, tex
         (["parity", "experiment=llama3_70b_256gpu"], "cluster.devices_per_node=16"),
         (["parity", "float8=rowwise"], "float8.emulate=true"),
         (["parity", "--steps", "0"], "0 is not positive"),
-        ([], "usage: python -m titan.verify parity"),
-        (["resum"], "usage: python -m titan.verify parity"),
+        ([], "usage: python -m titan.verify parity|resume"),
+        (["resum"], "usage: python -m titan.verify parity|resume"),
     ],
 )
 def test_a_mistake_starts_nothing(titan_process: Command, arguments: list[str], words: str) -> None:

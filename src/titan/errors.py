@@ -5,10 +5,12 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
 
     TitanError            1   anything below, and a rank that crashed
     ├── ConfigError       2   the config or the command is wrong; nothing was started or changed
+    ├── CommandError      2   a command is wrong that has no config
     ├── DataError        65   bad data, met while running
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
     ├── StorageError     73   storage failed repeatedly
+    ├── StepHung         74   a step took too long; names the rank that hangs
     ├── Stopped          75   told to stop, and did so in order; the same command goes on
     ├── PeerLost          1   another rank ended first; that one says why
     └── RanksFailed           a rank ended with an error; its exit code
@@ -62,6 +64,12 @@ class ConfigError(TitanError):
         super().__init__(title + "\n\n" + "\n\n".join(str(problem) for problem in self.problems))
 
 
+class CommandError(TitanError):
+    """The command line is wrong, of a command that composes no config. Says what to type instead."""
+
+    exit_code = 2
+
+
 class DataError(TitanError):
     """The training data cannot be used: names the file and, where there is one, the line."""
 
@@ -88,6 +96,21 @@ class StorageError(TitanError):
     """Writing to the run directory failed repeatedly."""
 
     exit_code = 73
+
+
+class StepHung(TitanError):
+    """A rank hangs, and all others wait for it.
+
+    Args:
+        ranks: Those to blame.
+        message: What took too long, who hangs and where.
+    """
+
+    exit_code = 74
+
+    def __init__(self, ranks: list[int], message: str) -> None:
+        super().__init__(message)
+        self.ranks = ranks
 
 
 class Stopped(TitanError):

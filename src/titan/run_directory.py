@@ -5,9 +5,10 @@
               identity        what its checkpoints know the run by
               status.json     the run's state now, replaced as a whole
               events.jsonl    what happened, in order, appended
+              .lock           held by rank 0 of the live run; who has it, or had it last
               metrics.jsonl   one line a logged step
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
-              logs/           one file per rank and attempt
+              logs/           one file per rank and attempt; and .stacks beside it, after a hang
               checkpoints/    step_00000010/ and so on
               slurm/          batch script and console of a job, where SLURM ran it
 
@@ -48,6 +49,11 @@ class RunDirectory:
         return self.path / "overrides.yaml"
 
     @property
+    def lock(self) -> Path:
+        """The file that rank 0 of a live run holds a lock on: `titan.launch.lock`."""
+        return self.path / ".lock"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
@@ -75,6 +81,10 @@ class RunDirectory:
     def log(self, rank: int, attempt: int) -> Path:
         """Return the log file of one rank in one attempt."""
         return self.path / "logs" / f"rank_{rank:05d}.attempt_{attempt}.log"
+
+    def stacks(self, rank: int, attempt: int) -> Path:
+        """Return the file for the Python stacks of one rank that hangs, or waits for one that does."""
+        return self.log(rank, attempt).with_suffix(".stacks")
 
     def read_status(self) -> dict[str, Any]:
         """Return status.json, or an empty dict where there is none or it is unreadable."""
@@ -114,12 +124,24 @@ class RunDirectory:
 
     def read_events(self, event: str) -> list[dict[str, Any]]:
         """Return what was appended to events.jsonl under a name, oldest first."""
+        return [each for each in self.read_new_events(0) if each.get("event") == event]
+
+    def read_new_events(self, offset: int) -> list[dict[str, Any]]:
+        """Return what was appended to events.jsonl after it had so many bytes, oldest first."""
         try:
-            lines = (self.path / "events.jsonl").read_text().splitlines()
+            with (self.path / "events.jsonl").open() as file:
+                file.seek(offset)
+                lines = file.read().splitlines()
         except OSError:
             return []
-        events = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
-        return [each for each in events if each.get("event") == event]
+        return [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
+
+    def events_size(self) -> int:
+        """Return how many bytes events.jsonl has."""
+        try:
+            return (self.path / "events.jsonl").stat().st_size
+        except OSError:
+            return 0
 
     def read_ledger(self) -> list[dict[str, Any]]:
         """Return the rows of skipped_steps.jsonl, each with first_step and last_step, oldest first."""

@@ -290,7 +290,8 @@ def dispatch(point: Point) -> Outcome:
         print(f"\n{error}", file=sys.stderr)
         said = directory.read_status()
         first = error.rank if isinstance(error, RanksFailed) else None
-        if said.get("state") == "running" or (first is not None and said.get("rank") != first):
+        is_refused = error.exit_code == ConfigError.exit_code  # the files may be those of another run, which has them
+        if not is_refused and (said.get("state") == "running" or (first is not None and said.get("rank") != first)):
             directory.write_status("failed", why=str(error), rank=first, exit_code=error.exit_code)
         return ended(error.exit_code)
     return ended(0)

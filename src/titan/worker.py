@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING
 
 from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, PeerLost, Stopped, TitanError
+from titan.errors import INTERRUPTED, ConfigError, PeerLost, StepHung, Stopped, TitanError
 from titan.launch import signals
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import Rank, adopt_slurm_step, current_rank, launcher_pid, threads_per_rank
+from titan.launch.lock import RunInUse, RunLock
 from titan.log import logger, start_logging, start_rank_log
 from titan.run_directory import RunDirectory
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from titan.data.packing import PackedTokens
+    from titan.trainer.build import Trainer
 
 _LEAVE_SECONDS = 10.0
 _POLL_SECONDS = 0.05
@@ -162,58 +164,115 @@ def run_rank(
 ) -> int:
     """Do a rank's job, training if no other, and account for how it ended; returns the exit code."""
     directory = RunDirectory(Path(config.run.dir))
-    start_rank_log(directory.log(rank.rank, rank.attempt), rank.rank, on_console=on_console and rank.rank == 0)
-    is_first = rank.rank == 0
-    loss_before = directory.read_status().get("loss")
-    if is_first:
-        directory.write_status("running")
-        directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
+    lock, loss_before = RunLock(directory), directory.read_status().get("loss")
+    try:
+        store = _enter_run(config, rank, store, lock, on_console)
+    except RunInUse as error:
+        return error.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        return _account(directory, rank, error, may_write=rank.rank == 0)
     try:
         loss = (job or train)(config, rank, store)
+        if rank.rank == 0:
+            # no loss where another attempt had already done the last step
+            loss = loss_before if loss is None else loss
+            directory.write_status("complete", step=config.training.steps, loss=loss)
+            directory.append_event("exit", code=0)
     except Stopped as stop:
         return _report_stop(directory, rank, stop)
-    except TitanError as error:
-        return _report(directory, rank, error, error.exit_code, str(error))
-    except KeyboardInterrupt as error:
-        return _report(directory, rank, error, INTERRUPTED, "interrupted")
-    except Exception as error:
-        trace = traceback.format_exc().rstrip()
-        if not (words := _LOST_PEER.search(str(error))):
-            return _report(directory, rank, error, 1, trace)
-        logger.debug(trace)
-        lost = PeerLost(f"another rank ended while this one waited for it ({words.group()})")
-        return _report(directory, rank, lost, lost.exit_code, str(lost))
-    if is_first:
-        # no loss where another attempt had already done the last step
-        loss = loss_before if loss is None else loss
-        directory.write_status("complete", step=config.training.steps, loss=loss)
-        directory.append_event("exit", code=0)
+    except (Exception, KeyboardInterrupt) as error:
+        return _account(directory, rank, error)
+    finally:
+        lock.release()
     return 0
 
 
-def train(config: TitanConfig, rank: Rank, store: Store | None = None) -> float | None:
+def _enter_run(config: TitanConfig, rank: Rank, store: Store | None, lock: RunLock, on_console: bool) -> Store | None:
+    """Have the run directory for this run's own, and say that it runs.
+
+    Rank 0 takes the lock, before it writes anything, and tells the others, who have no say in it. Until they know,
+    the files may be another run's.
+
+    Returns:
+        The store in which the ranks meet, if a launcher has named one.
+
+    Raises:
+        RunInUse: On every rank, if another run has the directory; rank 0 has said so on the console.
+    """
+    is_first, directory = rank.rank == 0, lock.directory
+    refusal = _take(lock) if is_first else None
+    if refusal is None:
+        start_rank_log(directory.log(rank.rank, rank.attempt), rank.rank, on_console=on_console and is_first)
+    if is_first and refusal is None:
+        directory.write_status("running")
+        directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
+    if rank.has_store:
+        store = store or meet(rank, config.cluster.timeout_seconds)
+        key = "titan/run"
+        if is_first:
+            store.set(key, "refused" if refusal else "ours")
+        if store.get(key).decode() == "refused":
+            _leave_store(store, f"{key}/left", rank)
+            raise refusal or RunInUse(directory)
+    elif refusal is not None:
+        raise refusal
+    return store
+
+
+def _take(lock: RunLock) -> RunInUse | None:
+    """Take the lock; returns why not, having said it: once a rank ends, the launcher may end this one too."""
+    try:
+        lock.acquire()
+    except RunInUse as refusal:
+        print(refusal, file=sys.stderr, flush=True)
+        return refusal
+    return None
+
+
+def train(
+    config: TitanConfig,
+    rank: Rank,
+    store: Store | None = None,
+    around: Callable[[Trainer], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
+    warning: Callable[[Trainer], int] = lambda trainer: signals.warning(),
+) -> float | None:
     """Build a trainer and run it to the end; returns the last loss.
 
     Args:
         config: Frozen.
         rank: This rank's place.
-        store: Where the ranks meet; None meets at the launcher's, or alone.
+        store: Where the ranks meet; None for a rank that is alone.
+        around: Returns the context in which a trainer that is ready trains.
+        warning: Returns the signal that has told this rank to stop, or 0.
     """
     import torch.distributed as dist
 
     from titan.trainer.build import build_trainer
     from titan.trainer.loop import fit
     from titan.trainer.resume import resume
+    from titan.trainer.watchdog import Watchdog, describe_limits
 
+    directory = RunDirectory(Path(config.run.dir))
     device, packed = join_ranks(config, rank, store)
-    trainer = build_trainer(config, device, packed)
-    resume(trainer)
-    if trainer.state.step and rank.rank == 0:
-        trainer.directory.append_event("resume", step=trainer.state.step)
     with contextlib.ExitStack() as stack:
+        watchdog = Watchdog(
+            config.fault_tolerance,
+            directory,
+            rank.rank,
+            rank.world_size,
+            rank.attempt,
+            report=lambda hung: _account(directory, rank, hung),
+        )
+        stack.enter_context(watchdog)
+        trainer = build_trainer(config, device, packed)
+        logger.info(f"{'watchdog':<10} {describe_limits(config)}")
+        resume(trainer)
+        if trainer.state.step and rank.rank == 0:
+            directory.append_event("resume", step=trainer.state.step)
         if launcher_pid() is None:  # titan's own has another word for it, and sends SIGTERM only after a failure
-            stack.enter_context(signals.OrderlyTermination(trainer.directory.read_failure))
-        loss = fit(trainer, signals.warning)
+            stack.enter_context(signals.OrderlyTermination(directory.read_failure))
+        stack.enter_context(around(trainer))
+        loss = fit(trainer, watchdog, lambda: warning(trainer))
     dist.destroy_process_group()
     return loss
 
@@ -224,7 +283,7 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     Args:
         config: Frozen.
         rank: This rank's place.
-        store: Where the ranks meet; None meets at the launcher's, or alone.
+        store: Where the ranks meet; None for a rank that is alone.
     """
     import torch.distributed as dist
 
@@ -238,11 +297,9 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
     if device.type == "cuda" and config.parallelism.cpu_offload:
         backend = "cpu:gloo,cuda:nccl"
-    if store is None:
-        store = meet(rank, config.cluster.timeout_seconds) if rank.has_store else dist.HashStore()
     dist.init_process_group(
         backend,
-        store=store,
+        store=store or dist.HashStore(),
         rank=rank.rank,
         world_size=rank.world_size,
         timeout=timedelta(seconds=config.cluster.timeout_seconds),
@@ -267,14 +324,36 @@ def _report_stop(directory: RunDirectory, rank: Rank, stop: Stopped) -> int:
     return stop.exit_code
 
 
-def _report(directory: RunDirectory, rank: Rank, error: BaseException, code: int, text: str) -> int:
+def _account(directory: RunDirectory, rank: Rank, error: BaseException, may_write: bool = True) -> int:
+    """Say in the log and in the run directory what ended this rank; returns the exit code.
+
+    Args:
+        directory: The run's.
+        rank: This rank's place.
+        error: What ended it.
+        may_write: Whether the directory is known to be this run's.
+    """
+    code, text = 1, str(error)
+    if isinstance(error, TitanError):
+        code = error.exit_code
+    elif isinstance(error, KeyboardInterrupt):
+        code, text = INTERRUPTED, "interrupted"
+    else:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        if words := _LOST_PEER.search(str(error)):
+            logger.debug(text)
+            error = PeerLost(f"another rank ended while this one waited for it ({words.group()})")
+            text = str(error)
     logger.error(text)
     summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if rank.has_store:
+    is_hang = isinstance(error, StepHung)
+    blamed = error.ranks[0] if is_hang else rank.rank
+    if rank.has_store and not is_hang:  # of which the agent would name a rank that has waited
         _tell_agent(error)
-    if directory.read_status().get("state") == "running":  # the first to fail says why
-        directory.write_status("failed", why=summary, rank=rank.rank, attempt=rank.attempt, exit_code=code)
-    directory.append_event("exit", code=code, rank=rank.rank, why=summary)
+    if may_write:
+        if directory.read_status().get("state") == "running":  # the first to fail says why
+            directory.write_status("failed", why=summary, rank=blamed, attempt=rank.attempt, exit_code=code)
+        directory.append_event("exit", code=code, rank=rank.rank, why=summary)
     return code
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from random import Random
+from typing import IO
 
 from tests.faults.reference import Reference, different, digests
 from tests.faults.report import Record, Report
@@ -35,15 +36,15 @@ HANG_SECONDS = 150
 GONE_SECONDS = 15
 
 
-def read_until(process: Started, words: str) -> None:
-    """Read what a command says until some words come; it may not end before."""
-    assert process.stdout is not None
+def read_until(stream: IO[str] | None, words: str) -> None:
+    """Read what a command says on a stream until some words come; it may not end before."""
+    assert stream is not None
     said = []
-    for line in process.stdout:
+    for line in stream:
         said.append(line)
         if words in line:
             return
-    raise AssertionError(f"it ended without saying {words!r}:\n{''.join(said)}{finish(process).err}")
+    raise AssertionError(f"it ended without saying {words!r}:\n{''.join(said)}")
 
 
 @dataclass(frozen=True)
@@ -159,14 +160,13 @@ class Run:
         story = f"{faults or 'no fault'}, from step {expected}\n{finished.text}"
         assert finished.code in codes, f"exit code {finished.code}, not one of {codes}: {story}"
         resumed = [event["step"] for event in self.directory.read_events("resume")[resumes:]]
-        has_trained = bool(resumed) or not expected
         assert not resumed or resumed == [expected], f"resumed at {resumed}: {story}"
         self.judge(story)
-        new = [row for row in self._timed_rows() if row[0] > expected and row[1] >= began] if has_trained else []
+        new = [row for row in self._timed_rows() if row[0] > expected and row[1] >= began]
         attempt = Attempt(
             finished,
             resumed=expected,
-            reached=max(self.last_row(), expected),
+            reached=new[-1][0] if new else expected,
             newest=self.newest(),
             first_step_seconds=new[0][1] - began if new else None,
         )

@@ -78,11 +78,11 @@ def test_a_disk_that_is_full_for_a_while(
 
     def make_room_and_take_it(process: Started) -> None:
         for _ in range(2):
-            read_until(process, NOT_SAVED)
+            read_until(process.stderr, NOT_SAVED)
             (disk / "filler").unlink()
-            read_until(process, "saved checkpoints/")
+            read_until(process.stdout, "saved checkpoints/")
             fill(disk)
-        read_until(process, NOT_SAVED)
+        read_until(process.stderr, NOT_SAVED)
         (disk / "filler").unlink()
 
     attempt = run.attempt("slow:0:0.03", (0,), make_room_and_take_it)
@@ -99,7 +99,7 @@ def test_a_disk_that_stays_full(make_run: MakeRun, undisturbed: MakeReference, t
     kept = []
 
     def take_all_room(process: Started) -> None:
-        read_until(process, "saved checkpoints/step_00000006")
+        read_until(process.stdout, "saved checkpoints/step_00000006")
         fill(disk)
         kept.extend(run.whole_steps())
 
@@ -119,9 +119,9 @@ def test_a_folder_that_becomes_read_only(
     run = make_run(undisturbed(), "checkpoint=async", *retries, lost_intervals=2)
 
     def forbid_and_allow(process: Started) -> None:
-        read_until(process, "saved checkpoints/")
+        read_until(process.stdout, "saved checkpoints/")
         remount(checkpoints, "ro")
-        read_until(process, NOT_SAVED)
+        read_until(process.stderr, NOT_SAVED)
         remount(checkpoints, "rw")
 
     run.attempt("slow:0:0.03", (0,), forbid_and_allow)

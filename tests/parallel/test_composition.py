@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from titan.trainer.record import Difference, Record, compare_records
-from titan.verify import BFLOAT16, FLOAT8, FLOAT32, Tolerance, is_same
+from titan.verify.parity import BFLOAT16, FLOAT8, FLOAT32, Tolerance, is_same
 
 from .matrix import BEGIN, BLOCK_EACH, CASES, DOCUMENT, END, UNEVEN, Case, mesh, options
 

@@ -11,7 +11,7 @@ from tests.support.toy_family import TOY
 from titan.errors import ConfigError
 from titan.models.family import load_family
 from titan.trainer.record import Record, compare_records
-from titan.verify import FLOAT32, is_same
+from titan.verify.parity import FLOAT32, is_same
 
 from .layouts import layout_config, record_layout
 from .matrix import mesh

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from titan.trainer.record import Record, compare_records
-from titan.verify import FLOAT32, is_same
+from titan.verify.parity import FLOAT32, is_same
 
 from .matrix import UNEVEN, mesh
 from .planted import PLANTS, record_planted

@@ -138,13 +138,19 @@ def write_tensors(
     return writer.written()
 
 
-def read_tensors(state: dict[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def read_tensors(
+    state: dict[str, Tensor],
+    folder: Path,
+    group: dist.ProcessGroup | None = None,
+    metadata: Metadata | None = None,
+) -> None:
     """Fill tensors from a checkpoint in place; every rank of the group takes part, each reads what it needs.
 
     Args:
         state: By name; DTensors on any mesh.
         folder: The checkpoint's.
         group: The ranks; None reads alone.
+        metadata: The checkpoint's, where it has been read already: of thousands of ranks' pieces it is large.
 
     Raises:
         CheckpointError: If the folder cannot be read, or does not have them all.
@@ -153,7 +159,7 @@ def read_tensors(state: dict[str, Tensor], folder: Path, group: dist.ProcessGrou
         with _quiet(group):
             dcp.load(
                 state,  # type: ignore[arg-type]
-                storage_reader=_Reader(folder),
+                storage_reader=_Reader(folder, metadata),
                 planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 process_group=group,
                 no_dist=group is None,
@@ -163,10 +169,10 @@ def read_tensors(state: dict[str, Tensor], folder: Path, group: dist.ProcessGrou
         raise CheckpointError(f"{folder} cannot be loaded: {_reason(first)}") from error
 
 
-def read_tensor(folder: Path, name: str, info: TensorInfo) -> Tensor:
+def read_tensor(folder: Path, name: str, info: TensorInfo, metadata: Metadata | None = None) -> Tensor:
     """Return one whole tensor of a checkpoint, on the CPU."""
     tensor = torch.empty(info.shape, dtype=info.dtype)
-    read_tensors({name: tensor}, folder)
+    read_tensors({name: tensor}, folder, metadata=metadata)
     return tensor
 
 
@@ -190,8 +196,12 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _Reader(FileSystemReader):
+    def __init__(self, folder: Path, metadata: Metadata | None) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
+        return read_metadata(Path(self.path)) if self.metadata is None else self.metadata
 
 
 class _Writer(FileSystemWriter):

@@ -33,7 +33,7 @@ from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.explain import COMPOSITION_ERRORS, Groups, explain_mistakes, gist
 from titan.config.keys import is_known, schema_keys, unknown_key
-from titan.config.schema import TitanConfig
+from titan.config.schema import ModelConfig, TitanConfig
 from titan.errors import ConfigError, Problem, TitanError
 from titan.run_directory import write_atomically
 
@@ -226,6 +226,32 @@ def parse_config(text: str, where: str) -> TitanConfig:
         raise ConfigError(problems) from None
     except (*COMPOSITION_ERRORS, AssertionError) as error:
         raise ConfigError(f"{where} is not a titan config: {gist(error)}") from error
+
+
+def model_text(model: ModelConfig) -> str:
+    """Return a model's shape as YAML: a config with the node `model` alone."""
+    return OmegaConf.to_yaml({"model": OmegaConf.structured(model)})
+
+
+def load_model(path: Path) -> ModelConfig:
+    """Read a model's shape out of a frozen config, whatever else is in it.
+
+    Raises:
+        ConfigError: If the file is missing, or has no node `model` of this version's schema.
+    """
+    try:
+        container = OmegaConf.to_container(OmegaConf.create(path.read_text()), resolve=False)
+        found = container.get("model") if isinstance(container, dict) else None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{path} has no node model")
+        if "${" in str(found):  # a frozen config refers to nothing, and the environment is nobody's business
+            raise ConfigError(f"{path} is not a frozen config: its model refers to other values")
+        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), found))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (*COMPOSITION_ERRORS, AssertionError) as error:
+        raise ConfigError(f"{path} is not a titan config: {gist(error)}") from error
+    return typing.cast(ModelConfig, model)
 
 
 @contextlib.contextmanager

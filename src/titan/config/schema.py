@@ -460,10 +460,16 @@ class CheckpointConfig:
 
 @dataclass
 class FaultToleranceConfig:
-    """What a run does when something goes wrong."""
+    """What a run does when something goes wrong. A rank that hangs ends it with 74, and is named."""
 
-    save_timeout_seconds: float = 1800.0
-    """The longest that ranks wait for each other while a checkpoint is written or read."""
+    step_timeout_seconds: int = 300
+    """Seconds that a step may take; 0 lets a hang be, until a collective times out."""
+    first_step_timeout_seconds: int = 1800
+    """Seconds from the ranks' meeting to the end of the first step, with building, loading and compiling; at least
+    step_timeout_seconds, and 0 is no limit."""
+    save_timeout_seconds: int = 1800
+    """Seconds that writing or reading a checkpoint, or a validation, may take; at least step_timeout_seconds, and 0 is
+    no limit."""
     on_spike: OnSpike = OnSpike.stop
     """At a loss or gradient that is not finite, before any weight has moved: stop the run with 71; skip the batch; or
     go back to the last checkpoint and skip all batches from there to this one."""

@@ -15,6 +15,7 @@ from titan.config.load import load_config, save_config
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.jobs import live_job
+from titan.launch.lock import check_not_in_use
 from titan.log import logger
 from titan.run_directory import RunDirectory, write_atomically
 
@@ -37,11 +38,11 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
         Whether the run is new, goes on, or is complete already, in which case nothing was written.
 
     Raises:
-        ConfigError: If the directory holds another run, which this config would not continue, or a job has it that
-            has not ended.
+        ConfigError: If the directory holds another run, which this config would not continue, or a run or a job has
+            it that has not ended.
     """
     try:
-        found = _continue_run(config, directory) if directory.config.exists() else _begin_run(config)
+        found = _continue_run(config, directory) if directory.config.exists() else _begin_run(config, directory)
         if found is not Frozen.complete:
             directory.path.mkdir(parents=True, exist_ok=True)
             save_config(config, directory.config)
@@ -59,7 +60,8 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
     return found
 
 
-def _begin_run(config: TitanConfig) -> Frozen:
+def _begin_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
+    check_not_in_use(directory)  # a rank by hand keeps no config here
     if config.checkpoint.load_step >= 0:
         raise ConfigError(
             [
@@ -99,6 +101,7 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
                 )
             ]
         )
+    check_not_in_use(directory)
     for key, (old, new) in changes.items():
         logger.info(f"resuming with {key} = {new} (was {old})")
     if "checkpoint.load_step" in changes:  # a command that is typed, or started, again has gone back already

@@ -182,6 +182,11 @@ def threads_per_rank(ranks: int) -> int:
     return max(1, int(wanted) if wanted.isdigit() else cores // ranks)
 
 
+def slurm_job() -> str | None:
+    """Return the number of the SLURM job that this process is in, if it is in one."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
 def launcher_pid() -> int | None:
     """Return the process that started this rank, where that was titan's local launcher."""
     pid = os.environ.get("TITAN_LAUNCHER_PID")

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from titan.errors import PeerLost, RanksFailed, Stopped, TitanError
+from titan.errors import ConfigError, PeerLost, RanksFailed, StepHung, Stopped, TitanError
 from titan.launch.environment import threads_per_rank
 from titan.launch.signals import Forwarder
 from titan.run_directory import RunDirectory, short_path
@@ -80,8 +80,13 @@ def launch_local(
         with forwarder:
             elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
     except ChildFailedError as error:
-        if (status := directory.read_status()) != before_run and status.get("state") == "preempted":
+        status = directory.read_status()
+        if status != before_run and status.get("state") == "preempted":
             raise Stopped(status["signal"], status["step"], status["saved_step"]) from None
+        if status != before_run and status.get("exit_code") == StepHung.exit_code:
+            # the first to end is one that has waited; who hangs, all ranks have found out together
+            why = status["why"].removeprefix(f"{StepHung.__name__}: ")
+            raise RanksFailed(why, status["rank"], StepHung.exit_code) from None
         raise _explain(error, directory) from None
     except SignalException as error:
         raise Interrupted(forwarder.told or int(error.sigval)) from None
@@ -94,6 +99,8 @@ def launch_local(
 def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
     rank, failure = min(error.failures.items(), key=lambda item: _precedence(item[1]))
     message = _exception_of(failure)
+    if failure.exitcode == ConfigError.exit_code and not message:
+        return RanksFailed(f"rank {rank} was refused, as it says above", rank, failure.exitcode)
     if not message:
         number = failure.exitcode
         message = f"ended by {signal.Signals(-number).name}" if number < 0 else f"exit code {number}, no exception"

@@ -13,6 +13,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+import torch
+
 from titan.config.schema import ModelConfig
 from titan.errors import ConfigError, Problem
 
@@ -52,9 +54,23 @@ class ModelFamily:
     flops_per_token: Callable[[ModelConfig, int], int]
     """Floating-point operations of forward and backward for each token, at a row's length in tokens."""
 
+    rotary: tuple[str, ...] = ()
+    """Patterns of the modules whose outputs are turned by rotary positions; transformers has their rows in another
+    order."""
+
     def cut_of(self, module: str) -> Cut | None:
         """Return what the tensor plan says of a module, by its name."""
         return next((cut for pattern, cut in self.tensor_plan.items() if _fits(module, pattern)), None)
+
+    def is_rotary(self, parameter: str) -> bool:
+        """Return whether a parameter's rows stand in another order in the transformers library."""
+        return any(_fits(parameter.rpartition(".")[0], pattern) for pattern in self.rotary)
+
+    def parameter_shapes(self, config: ModelConfig) -> dict[str, torch.Size]:
+        """Return the shape of every parameter of the whole model; what is tied counts once, as the embedding."""
+        with torch.device("meta"):
+            model = self.build(config, 1)
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def hugging_face_name(self, parameter: str) -> str:
         """Return what the transformers library calls a parameter.

@@ -124,4 +124,5 @@ LLAMA = ModelFamily(
     hugging_face_names=HUGGING_FACE_NAMES,
     count_parameters=count_parameters,
     flops_per_token=flops_per_token,
+    rotary=("layers.*.attention.w[qk]",),
 )

@@ -31,6 +31,8 @@ from titan.trainer.model import build_model
 from titan.trainer.state import TrainState
 from titan.trainer.step import ForwardBackward
 
+_NO_LIMIT_SECONDS = 10 * 365 * 24 * 3600
+
 
 @dataclass
 class Trainer:
@@ -92,7 +94,7 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
         store = CheckpointStore(
             directory.checkpoints,
             config.checkpoint,
-            config.fault_tolerance.save_timeout_seconds,
+            config.fault_tolerance.save_timeout_seconds or _NO_LIMIT_SECONDS,
             directory.append_event,
         )
     trainer = Trainer(

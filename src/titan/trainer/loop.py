@@ -25,13 +25,15 @@ from titan.trainer.profile import Profile
 from titan.trainer.saving import Saver, Wishes
 from titan.trainer.spikes import Ledger
 from titan.trainer.step import StepResult, train_step
+from titan.trainer.watchdog import Watchdog
 
 
-def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | None:
+def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambda: 0) -> float | None:
     """Train from where the state stands to the last step.
 
     Args:
         trainer: Built, and resumed where there is something to resume.
+        watchdog: Is told of every step.
         warning: Returns the signal that has told this rank to stop, or 0. One rank's is enough for all.
 
     Returns:
@@ -57,15 +59,19 @@ def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | Non
         began, batches = time.perf_counter(), steps_of_batches(trainer, meter, ledger.steps)
         reset_peak_memory(trainer.device)
         if config.checkpoint.save_initial and trainer.state.step == 0:
-            saver.save_now()
+            with watchdog.extended():
+                saver.save_now()
         while (state := trainer.state).step < steps:
+            watchdog.step(state.step + 1)
             if state.step + 1 in ledger.steps:
                 state.step += 1
             else:
                 try:
                     result, learning_rate = run_step(trainer, next(batches), saver.wait_for_copies)
                 except NonFiniteError as spike:
-                    if ledger.answer(spike, saver):
+                    with watchdog.extended():
+                        has_gone_back = ledger.answer(spike, saver)
+                    if has_gone_back:
                         batches = steps_of_batches(trainer, meter, ledger.steps)
                         for sink in sinks:
                             sink.rewind(trainer.state.step)
@@ -76,12 +82,14 @@ def fit(trainer: Trainer, warning: Callable[[], int] = lambda: 0) -> float | Non
             for sink in sinks:
                 sink.step()
             told, wishes = agree(trainer, warning() if state.step < steps else 0, saver.wishes())
-            if told:
-                raise Stopped(signal.Signals(told).name, state.step, saver.save_now())
-            saver.after_step(wishes)
+            with watchdog.extended():
+                if told:
+                    raise Stopped(signal.Signals(told).name, state.step, saver.save_now())
+                saver.after_step(wishes)
             profile.step()
             collector.step(state.step)
-        saver.save_last()
+        with watchdog.extended():
+            saver.save_last()
     if dist.get_rank() == 0 and result is not None:
         bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
         logger.info(

@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from titan.config.schema import TitanConfig
+from titan.checkpoint.canonical import tensor_digest
+from titan.checkpoint.manifest import Manifest
+from titan.checkpoint.state import optimizer_state, weights_state
+from titan.checkpoint.store import CheckpointStore
+from titan.config.schema import CheckpointConfig, CheckpointMode, TitanConfig
+from titan.data.loader import Batch
 from titan.data.packing import PackedTokens
-from titan.trainer.build import build_trainer
+from titan.errors import StorageError
+from titan.trainer.build import Trainer, build_trainer
 from titan.trainer.loop import build_meter, run_step, steps_of_batches
 
 
@@ -86,6 +95,61 @@ def record_run(
             gradients = _gather({name: p.grad for name, p in trainer.parameters if p.grad is not None})
     weights = _gather({name: p.detach() for name, p in trainer.parameters})
     return Record(losses, norms, gradients, weights) if dist.get_rank() == 0 else None
+
+
+def save_copy(trainer: Trainer, folder: Path) -> None:
+    """Save what a trainer has just loaded once more, in another folder.
+
+    Raises:
+        StorageError: If that cannot be written.
+    """
+    settings = CheckpointConfig(mode=CheckpointMode["sync"], keep_latest=0)
+    store = CheckpointStore(folder, settings)
+    state = weights_state(trainer.parameters) | optimizer_state(trainer.parameters, trainer.optimizer)
+    store.save(Manifest(trainer.state.step, 0, "all", "", {}), state, "", in_background=False)
+    outcome = store.result()
+    if isinstance(outcome, StorageError):
+        raise outcome
+
+
+@contextlib.contextmanager
+def note_rows(trainer: Trainer, path: Path) -> Iterator[None]:
+    """Append the digest of every step's rows to a file, as the ranks are given them and in the order of the data.
+
+    Every rank says what it has: which rows of which micro-batch, and which positions of each. So a digest is of the
+    global batch, whatever the layout, and a rank that was given other rows than its layout says would change it.
+    """
+    run = trainer.forward_backward
+
+    def noting(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
+        mine = [batch.tokens.cpu() for batch in batches]
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (trainer.mesh.data_rank, trainer.positions, mine))
+        if dist.get_rank() == 0:
+            rows = _global_rows(parts, trainer.mesh.data_ranks, trainer.config.training.seq_len)
+            with path.open("a") as file:
+                file.write(json.dumps({"step": trainer.state.step + 1, "digest": tensor_digest(rows)}) + "\n")
+        return run(batches, valid_tokens)
+
+    trainer.forward_backward = noting
+    try:
+        yield
+    finally:
+        trainer.forward_backward = run
+
+
+def _global_rows(parts: list[tuple[int, Tensor | None, list[Tensor]]], data_ranks: int, seq_len: int) -> Tensor:
+    """Put the ranks' micro-batches together. Shape: (G, S) int64; -1 where no rank had a position."""
+    micro, rows = len(parts[0][2]), parts[0][2][0].shape[0]
+    out = torch.full((micro, data_ranks, rows, seq_len), -1, dtype=torch.int64)
+    for data_rank, positions, batches in parts:
+        where = torch.arange(seq_len) if positions is None else positions.cpu()
+        for index, tokens in enumerate(batches):
+            before = out[index, data_rank][:, where]
+            if not ((before == -1) | (before == tokens)).all():
+                raise ValueError(f"ranks that share data rank {data_rank} were given different rows")
+            out[index, data_rank][:, where] = tokens
+    return out.flatten(0, 2)
 
 
 def compare_records(record: Record, reference: Record) -> Difference:

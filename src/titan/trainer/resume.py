@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan.checkpoint.files import TensorInfo, read_metadata, tensor_infos
+from titan.checkpoint.hugging_face import is_hugging_face
 from titan.checkpoint.manifest import NAME, Damaged, Manifest
 from titan.checkpoint.state import (
     MODEL,
@@ -26,11 +27,12 @@ from titan.checkpoint.state import (
 from titan.checkpoint.store import CONFIG, CheckpointStore, Saved
 from titan.config.continuation import changed_keys, refused_keys
 from titan.config.keys import override
-from titan.config.load import load_config
+from titan.config.load import load_config, load_model
 from titan.config.schema import CheckpointContent
 from titan.errors import CheckpointError, ConfigError, Problem
 from titan.log import logger
 from titan.trainer.build import Trainer
+from titan.trainer.hugging_face import compare_models, load_hugging_face
 from titan.trainer.saving import describe_data
 from titan.trainer.state import TrainState
 
@@ -99,24 +101,34 @@ def load_checkpoint(
 
 
 def load_initial(trainer: Trainer, folder: Path) -> None:
-    """Begin a run from a checkpoint of another.
+    """Begin a run from a checkpoint of another, or from a Hugging Face folder.
 
     Raises:
         CheckpointError: If it is damaged or does not fit.
     """
-    settings = trainer.config.checkpoint
-    store = trainer.store or CheckpointStore(folder.parent, settings)
-    manifest = verify_foreign(store, folder)
-    if manifest.content == "weights" and settings.initial_content is CheckpointContent.all:
-        raise CheckpointError(
-            f"{folder} holds weights alone, but checkpoint.initial_content = all\n  Try  "
-            "checkpoint.initial_content=weights"
-        )
-    load_checkpoint(trainer, store, folder, manifest, settings.initial_content, settings.exclude)
-    what = "weights" if settings.initial_content is CheckpointContent.weights else f"all of step {manifest.step}"
-    logger.info(
-        f"initial load: {what} of {folder}" + f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
-    )
+    settings, model = trainer.config.checkpoint, trainer.config.model
+    without = f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
+    if is_hugging_face(folder):
+        wanted = [named for named in trainer.parameters if not _fits_any(f"{MODEL}{named[0]}", settings.exclude)]
+        differences = load_hugging_face(wanted, folder, model)
+        what = "weights"
+    else:
+        store = trainer.store or CheckpointStore(folder.parent, settings)
+        manifest = verify_foreign(store, folder)
+        if manifest.content == "weights" and settings.initial_content is CheckpointContent.all:
+            raise CheckpointError(
+                f"{folder} holds weights alone, but checkpoint.initial_content = all\n"
+                "  Try  checkpoint.initial_content=weights"
+            )
+        path = folder / CONFIG
+        differences = []
+        if path.is_file() and not settings.exclude:
+            differences = compare_models(model, load_model(path), folder)
+        load_checkpoint(trainer, store, folder, manifest, settings.initial_content, settings.exclude)
+        what = "weights" if settings.initial_content is CheckpointContent.weights else f"all of step {manifest.step}"
+    for line in differences:
+        logger.info(line)
+    logger.info(f"initial load: {what} of {folder}{without}")
 
 
 def verify_foreign(store: CheckpointStore, folder: Path) -> Manifest:

@@ -9,6 +9,7 @@ Python imports a module of this name before it runs anything, so the code under 
 planted when, and only where, the module that has its place is imported.
 """
 
+import ctypes
 import errno
 import functools
 import importlib.util
@@ -138,6 +139,8 @@ def _strike(action):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if action == "sleep":
         time.sleep(600)
+    elif action == "lock":  # hangs in native code that keeps Python's lock
+        ctypes.PyDLL(None).sleep(600)
     elif whom != "once" or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
         os.kill(os.getppid() if whom == "launcher" else os.getpid(), _SIGNALS[name])
 

@@ -1,10 +1,4 @@
-"""The command that proves: `python -m titan.verify parity [group=option] [group.key=value]`.
-
-parity   Trains the composed layout for some steps on CPU processes, and one process on the same rows, and holds the
-         two against each other: the loss and the gradient norm of every step, every parameter's gradient, every
-         parameter afterwards. Exit code 0 if they are the same within the stated tolerance, 1 if not, 2 if the
-         command is wrong.
-"""
+"""`python -m titan.verify parity`: any layout against one process."""
 
 from __future__ import annotations
 
@@ -27,6 +21,7 @@ from titan.config.degrees import AXES, DATA_AXES, describe_degrees, stages_of_ra
 from titan.config.load import compose, save_config
 from titan.config.schema import (
     ActivationCheckpointConfig,
+    CheckpointConfig,
     CheckpointMode,
     CompileConfig,
     ContextMethod,
@@ -72,24 +67,17 @@ FLOAT8 = Tolerance(loss=1e-2, grad_norm=1e-1, gradient=3e-1, weight=1e-1)
 """To 3 or 4 bits (6e-2); and tensor parallelism gives each part of a matrix a scale of its own."""
 
 
-def main() -> None:
-    """Run the command line and exit."""
-    if sys.argv[1:2] == ["record"]:  # a rank, started by `parity`
-        code = worker.main(sys.argv[2:], job=_record, on_console=False)
-        sys.stdout.flush()
-        os._exit(code)
-    arguments = _parse_arguments()
-    try:
-        is_same = parity(
-            arguments.overrides, arguments.config_dir, arguments.steps, arguments.shrink, arguments.json, arguments.keep
-        )
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0 if is_same else 1)
+def main(arguments: list[str]) -> bool:
+    """Run the command line; returns whether the layout is the same as one process."""
+    given = _parse(arguments)
+    return parity(given.overrides, given.config_dir, given.steps, given.shrink, given.json, given.keep)
+
+
+def rank_main(arguments: list[str]) -> None:
+    """Be a rank of one of the runs, and end."""
+    code = worker.main(arguments, job=_record, on_console=False)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def parity(
@@ -124,7 +112,7 @@ def parity(
         reference = build_reference(layout, folder / "one_process")
         steps = min(steps, layout.training.steps)
         say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-        for line in _describe(layout, shrink, steps):
+        for line in describe_run(layout, shrink, steps):
             say(line)
         records = [
             _run(config, steps, say, title) for title, config in (("one process", reference), ("the layout", layout))
@@ -147,8 +135,16 @@ def parity(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_layout(config: TitanConfig, directory: Path, shrink: bool) -> TitanConfig:
+def build_layout(
+    config: TitanConfig, directory: Path, shrink: bool, checkpoint: CheckpointConfig | None = None
+) -> TitanConfig:
     """Return the config as CPU processes of this machine run it, resolved and checked.
+
+    Args:
+        config: Composed.
+        directory: Of the run.
+        shrink: Whether to shrink the model and the rows to what the layout needs.
+        checkpoint: What to save and to load; None does neither.
 
     Raises:
         ConfigError: If it is wrong, or needs more processes than make sense here.
@@ -177,7 +173,7 @@ def build_layout(config: TitanConfig, directory: Path, shrink: bool) -> TitanCon
         config,
         run=replace(config.run, dir=str(directory)),
         cluster=replace(cluster, nodes=1, devices_per_node=ranks, device=Device.cpu),
-        checkpoint=replace(config.checkpoint, mode=CheckpointMode.disabled, load_step=-1, initial_load=None),
+        checkpoint=checkpoint or CheckpointConfig(mode=CheckpointMode["disabled"]),
         profiling=replace(config.profiling, enable=False),
     )
     if shrink:
@@ -304,7 +300,8 @@ def _mark(difference: float, allowed: float) -> str:
     return "" if difference <= allowed else "<-- different"
 
 
-def _describe(layout: TitanConfig, shrink: bool, steps: int) -> Iterator[str]:
+def describe_run(layout: TitanConfig, shrink: bool, steps: int) -> Iterator[str]:
+    """Return what is trained, as lines."""
     model, training = layout.model, layout.training
     yield (
         f"model    {model.name}{', shrunk' if shrink else ''}: dim {model.dim}, {model.n_layers} blocks, "
@@ -354,12 +351,7 @@ def _record_file(directory: RunDirectory) -> Path:
     return directory.path / "record.pt"
 
 
-def _parse_arguments() -> argparse.Namespace:
-    # By hand and not as a subparser: argparse mixes flags and overrides on one level only.
-    if sys.argv[1:2] != ["parity"]:
-        wants_help = sys.argv[1:2] in (["-h"], ["--help"])
-        print(__doc__ if wants_help else "usage: python -m titan.verify parity [--help]", end="\n" * (not wants_help))
-        sys.exit(0 if wants_help else ConfigError.exit_code)
+def _parse(arguments: list[str]) -> argparse.Namespace:
     command = argparse.ArgumentParser(
         prog="python -m titan.verify parity",
         description="Hold the composed layout against one process, on the CPU. Exit code 0: the same, 1: different.",
@@ -372,7 +364,7 @@ def _parse_arguments() -> argparse.Namespace:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.add_argument("--keep", metavar="DIR", help="keep both runs, their logs and records in this folder")
     command.add_argument("--config-dir", metavar="DIR", help="a folder of config groups of your own")
-    return command.parse_intermixed_args(sys.argv[2:])
+    return command.parse_intermixed_args(arguments)
 
 
 def _positive(text: str) -> int:
@@ -380,7 +372,3 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return number
-
-
-if __name__ == "__main__":
-    main()

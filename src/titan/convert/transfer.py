@@ -1,0 +1,368 @@
+"""Weights from another format into a titan checkpoint, and out of one.
+
+What is written is written beside its place and renamed when it is complete and was held against its source, so there
+is nothing under the final name that is not right. Tensors go through memory one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import titan
+from titan.checkpoint.files import TensorInfo, write_tensors
+from titan.checkpoint.hugging_face import CONFIG, HuggingFaceWeights, read_json, to_halves
+from titan.checkpoint.hugging_face_config import TOKEN_KEYS, read_hugging_face_config, to_hugging_face_config
+from titan.checkpoint.manifest import FileRecord, Manifest, commit, record_of_file, sync_folder
+from titan.checkpoint.meta import read_params
+from titan.checkpoint.shards import write_json, write_shards
+from titan.checkpoint.torch_file import TorchFile, config_content, write_torch_file
+from titan.checkpoint.weights import SavedTensors, Weights, check_usable
+from titan.config.load import model_text
+from titan.config.schema import ModelConfig
+from titan.convert.agreement import Agreement, Forward, TitanForward, compare, sample_positions
+from titan.convert.describe import size_text
+from titan.convert.reference import hugging_face_reference, meta_reference
+from titan.convert.sources import HUGGING_FACE, META, TITAN, Source, family_of
+from titan.errors import CommandError, StorageError, TitanError
+from titan.run_directory import short_path, utc_now
+
+Say = Callable[[str], object]
+TOKENIZER = "tokenizer"
+"""The folder of a checkpoint with the files that go with the weights unchanged."""
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
+    *("chat_template.jinja", GENERATION),
+)
+
+
+class Disagreement(TitanError):
+    """What was written does not compute what its source computes."""
+
+
+def import_weights(source: Source, destination: Path, is_verified: bool, say: Say) -> None:
+    """Make a titan checkpoint of weights in another format.
+
+    Args:
+        source: The weights, with the model's shape.
+        destination: The checkpoint's folder, which must not be there yet.
+        is_verified: Compare what was written with the source before it gets its name.
+        say: Prints a line.
+
+    Raises:
+        CommandError: If the command is not for this source or destination.
+        Disagreement: If the comparison fails; nothing is left then.
+        StorageError: If it cannot be written.
+    """
+    if source.kind == TITAN:
+        raise CommandError(f"{source.path} is a titan checkpoint already\n  Try  checkpoint.initial_load={source.path}")
+    config = source.config
+    if config is None:
+        raise CommandError(
+            f"{source.path} does not say of which shape its model is\n"
+            "  Try  model=llama3_8b   behind the command, with model.dim=... and so on where it differs"
+        )
+    say(describe_source(source))
+    began = time.monotonic()
+    with written_beside(destination) as temporary:
+        temporary.mkdir()
+        files = _write_checkpoint(source, config, temporary)
+        if is_verified:
+            _check_import(source, config, temporary, say)
+        manifest = Manifest(
+            step=source.step,
+            tokens=source.tokens,
+            content=source.content,
+            run="",
+            files=files,
+            versions={"titan": titan.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            time=utc_now(),
+        )
+        commit(temporary, destination, manifest)
+    say(f"written  {short_path(destination)}: {size_text(manifest.bytes)} in {time.monotonic() - began:.1f} s")
+
+
+def export_hugging_face(
+    source: Source,
+    destination: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    is_verified: bool,
+    say: Say,
+) -> None:
+    """Make a folder of a titan checkpoint that the transformers library loads.
+
+    Args:
+        source: A titan checkpoint.
+        destination: The folder, which must not be there yet.
+        dtype: The format to round the weights to; None keeps theirs.
+        max_shard_bytes: The largest size of one file.
+        is_verified: Compare what was written with the source before it gets its name.
+        say: Prints a line.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged.
+        Disagreement: If the comparison fails; nothing is left then.
+        StorageError: If it cannot be written.
+    """
+    config = _check_exportable(source, say)
+    began = time.monotonic()
+    with written_beside(destination) as temporary:
+        temporary.mkdir()
+        _write_hugging_face(source, config, temporary, dtype, max_shard_bytes)
+        if is_verified:
+            _check_hugging_face(source, config, temporary, dtype, say)
+        size = sum(path.stat().st_size for path in temporary.iterdir())
+        _put_in_place(temporary, destination)
+    say(f"written  {short_path(destination)}: {size_text(size)} in {time.monotonic() - began:.1f} s")
+
+
+def export_torch(
+    source: Source, destination: Path, dtype: torch.dtype | None, content: str, is_verified: bool, say: Say
+) -> None:
+    """Make one file of torch.save of a titan checkpoint; arguments and errors as for `export_hugging_face`.
+
+    Args:
+        source: A titan checkpoint.
+        destination: The file.
+        dtype: The format to round the weights to; None keeps theirs. The optimizer's state is never rounded.
+        content: all takes the optimizer's state along; weights does not.
+        is_verified: Read every tensor back.
+        say: Prints a line.
+    """
+    config = _check_exportable(source, say)
+    if content == "all" and source.optimizer is None:
+        raise CommandError(f"--content all: {source.path} has no optimizer state\n  Try  --content weights")
+    began = time.monotonic()
+    parts = {"model": _Rounded(source.weights, dtype)}
+    if content == "all" and source.optimizer is not None:
+        parts["optimizer"] = _Rounded(source.optimizer, None)
+    more = {"step": source.step, "tokens": source.tokens, "config": config_content(config)}
+    with written_beside(destination) as temporary:
+        write_torch_file(
+            temporary,
+            {part: weights.infos() for part, weights in parts.items()},
+            lambda part, name: parts[part].read(name),
+            more,
+        )
+        if is_verified:
+            file = TorchFile(temporary)
+            _check_same(parts["model"], file.model, say)
+            if "optimizer" in parts and file.optimizer is not None:
+                _check_same(parts["optimizer"], file.optimizer, say)
+        size = temporary.stat().st_size
+        _put_in_place(temporary, destination)
+    say(f"written  {short_path(destination)}: {size_text(size)} in {time.monotonic() - began:.1f} s")
+
+
+def describe_source(source: Source) -> str:
+    """Return one line about weights; further ones for what had to be assumed."""
+    infos = source.weights.infos()
+    numbers = sum(info.shape.numel() for info in infos.values())
+    formats = ", ".join(sorted({str(info.dtype).removeprefix("torch.") for info in infos.values()}))
+    line = f"source   {source.kind} {short_path(source.path)}: {len(infos)} tensors, {numbers:,} parameters, {formats}"
+    return "\n".join([line, *(f"note     {note}" for note in source.notes)])
+
+
+def check_free(destination: Path) -> None:
+    """Refuse a destination that something is at.
+
+    Raises:
+        CommandError: If there is.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise CommandError(f"{destination} is there already\n  Try  another name, or remove it first")
+
+
+@contextlib.contextmanager
+def written_beside(destination: Path) -> Iterator[Path]:
+    """Give a path beside the final one; what is still there at the end is removed.
+
+    Raises:
+        CommandError: If something has the final name already.
+        StorageError: If the system cannot write.
+    """
+    check_free(destination)
+    temporary = destination.absolute().with_name(f".{destination.absolute().name}.{os.getpid()}.tmp")
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+    except OSError as error:
+        raise StorageError(f"{destination} cannot be written: {error}") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+class _Rounded:
+    """Weights in another format of numbers."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype | None) -> None:
+        self.weights, self.dtype = weights, dtype
+
+    def infos(self) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(info.shape, self.dtype or info.dtype) for name, info in self.weights.infos().items()}
+
+    def read(self, name: str, rows: range | None = None, columns: range | None = None) -> Tensor:
+        tensor = self.weights.read(name, rows, columns)
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+
+def _write_checkpoint(source: Source, config: ModelConfig, folder: Path) -> dict[str, FileRecord]:
+    parts = {"model.": source.weights} | ({"optimizer.": source.optimizer} if source.optimizer is not None else {})
+    state = {
+        prefix + name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for prefix, weights in parts.items()
+        for name, info in weights.infos().items()
+    }
+
+    def resolve(name: str) -> Tensor:
+        prefix, _, rest = name.partition(".")
+        return parts[prefix + "."].read(rest)
+
+    files = write_tensors(state, folder, resolve=resolve)
+    (folder / "config.yaml").write_text(model_text(config))
+    names = ["config.yaml", *_keep_tokenizer(source, folder)]
+    for name in names:
+        _sync_file(folder / name)
+    return files | {name: record_of_file(folder / name) for name in names}
+
+
+def _keep_tokenizer(source: Source, folder: Path) -> list[str]:
+    """Copy what belongs to the weights of a Hugging Face folder; returns the names in the checkpoint."""
+    if source.kind != HUGGING_FACE:
+        return []
+    kept = folder / TOKENIZER
+    kept.mkdir()
+    for name in TOKENIZER_FILES:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.path / name, kept / name)
+    # transformers takes what is not in this file from config.json, of which titan keeps the model's shape alone.
+    tokens = {key: value for key, value in read_json(source.path / CONFIG).items() if key in TOKEN_KEYS}
+    tokens = {key: value for key, value in tokens.items() if value is not None}
+    if tokens and not (kept / GENERATION).is_file():
+        write_json(kept / GENERATION, tokens)
+    names = [f"{TOKENIZER}/{path.name}" for path in sorted(kept.iterdir())]
+    if not names:
+        kept.rmdir()
+    return names
+
+
+def _check_exportable(source: Source, say: Say) -> ModelConfig:
+    if source.kind != TITAN or source.manifest is None or source.config is None:
+        raise CommandError(
+            f"{source.path} is no titan checkpoint but a {source.kind}\n"
+            f"  Try  python -m titan.convert import {source.path} CHECKPOINT   and export that"
+        )
+    family_of(source.config)
+    say(describe_source(source))
+    check_usable(source.path, source.manifest.damage(source.path))
+    return source.config
+
+
+def _write_hugging_face(
+    source: Source, config: ModelConfig, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int
+) -> None:
+    family, weights = family_of(config), _Rounded(source.weights, dtype)
+    names = {family.hugging_face_name(name): name for name in family.parameter_shapes(config)}
+
+    def read(called: str) -> Tensor:
+        tensor = weights.read(names[called])
+        return to_halves(tensor, config.dim // config.n_heads) if family.is_rotary(names[called]) else tensor
+
+    infos = weights.infos()
+    write_shards(folder, {called: infos[name] for called, name in names.items()}, read, max_shard_bytes)
+    manifest = source.manifest
+    kept = [name for name in TOKENIZER_FILES if manifest is not None and f"{TOKENIZER}/{name}" in manifest.files]
+    for name in kept:
+        shutil.copyfile(source.path / TOKENIZER / name, folder / name)
+        _sync_file(folder / name)
+    tokens = read_json(folder / GENERATION) if GENERATION in kept else {}
+    write_json(folder / CONFIG, to_hugging_face_config(config, infos["tok_embeddings.weight"].dtype, tokens))
+    sync_folder(folder)
+
+
+def _check_import(source: Source, config: ModelConfig, folder: Path, say: Say) -> None:
+    written = SavedTensors(folder)
+    if source.optimizer is not None:
+        _check_same(source.optimizer, SavedTensors(folder, "optimizer."), say)
+    if source.kind not in (HUGGING_FACE, META):
+        _check_same(source.weights, written, say)
+        return
+    positions = sample_positions(config)
+    ours = TitanForward(written, config, family_of(config), positions)
+    _check_agrees(compare(ours, _reference(source, config), config), config, say)
+
+
+def _reference(source: Source, config: ModelConfig) -> Forward:
+    """Return the model as the source's own convention has it."""
+    positions = sample_positions(config)
+    if source.kind == META:
+        factor = config.rope_scaling.factor if config.rope_scaling is not None else 1.0
+        params = read_params(source.path)
+        return meta_reference(params, source.weights.read, positions, factor, config.tie_embeddings)
+    assert isinstance(source.weights, HuggingFaceWeights)
+    return hugging_face_reference(read_json(source.path / CONFIG), source.weights.read_as_stored, positions)
+
+
+def _check_hugging_face(source: Source, config: ModelConfig, folder: Path, dtype: torch.dtype | None, say: Say) -> None:
+    """Hold what was exported against the checkpoint, whose weights are rounded likewise."""
+    family, positions = family_of(config), sample_positions(config)
+    read_back = read_hugging_face_config(folder, config.name)
+    written = HuggingFaceWeights(folder, read_back, family)
+    theirs = hugging_face_reference(read_json(folder / CONFIG), written.read_as_stored, positions)
+    ours = TitanForward(source.weights, config, family, positions, dtype)
+    _check_agrees(compare(ours, theirs, config), config, say)
+    if any(info.dtype != (dtype or info.dtype) for info in source.weights.infos().values()):
+        whole = TitanForward(source.weights, config, family, positions)
+        drift = compare(ours, whole, config, allowed=float("inf")).difference
+        say(f"rounded  to {str(dtype).removeprefix('torch.')}: the logits move by {drift:.1e} of their size")
+
+
+def _check_agrees(found: Agreement, config: ModelConfig, say: Say) -> None:
+    if found.departs:
+        raise Disagreement(
+            f"what was written does not compute what its source computes: they depart at {found.departs}, "
+            f"by {found.difference:.1e} of the size of the numbers\n  Nothing was kept."
+        )
+    tokens = len(sample_positions(config))
+    say(f"agrees   with the source: logits of {tokens} tokens to {found.difference:.1e} of their size")
+
+
+def _check_same(source: Weights, written: Weights, say: Say) -> None:
+    infos = source.infos()
+    different = [
+        name
+        for name, info in infos.items()
+        if written.infos().get(name) != info or not _is_same(source.read(name), written.read(name))
+    ]
+    if different or written.infos().keys() != infos.keys():
+        raise Disagreement(f"what was written is not its source, first in {different[0]}\n  Nothing was kept.")
+    say(f"agrees   with the source: {len(infos)} tensors to the bit")
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # as bits: NaN is itself
+
+
+def _put_in_place(temporary: Path, destination: Path) -> None:
+    if temporary.is_file():
+        _sync_file(temporary)
+    temporary.rename(destination)
+    sync_folder(destination.absolute().parent)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

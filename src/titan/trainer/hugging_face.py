@@ -1,0 +1,72 @@
+"""Weights of a Hugging Face folder, straight into a model on a mesh: each rank reads the rows and columns it holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from titan.checkpoint.hugging_face import HuggingFaceWeights
+from titan.checkpoint.hugging_face_config import read_hugging_face_config
+from titan.checkpoint.weights import Weights, check_usable
+from titan.config.schema import ModelConfig
+from titan.models.family import load_family
+from titan.parallel.apply import local_indices
+
+SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings")
+"""What weights of one shape and another differ in. Not all of it shows in the shapes of the tensors."""
+_FUNCTION_KEYS = ("norm_eps", "rope_theta", "rope_scaling")
+
+
+def load_hugging_face(parameters: list[tuple[str, nn.Parameter]], folder: Path, config: ModelConfig) -> list[str]:
+    """Fill this rank's share of a model, on any mesh; no rank waits for another.
+
+    Values are converted to the format of the parameters.
+
+    Args:
+        parameters: This rank's, by their names in the bare model.
+        folder: The Hugging Face folder.
+        config: The shape of the model that is trained.
+
+    Returns:
+        What else differs from the folder's config.json, as lines for the log: a run may mean to stretch its context.
+
+    Raises:
+        CheckpointError: If the folder is not whole, or is of another shape; nothing is filled then.
+    """
+    stored = read_hugging_face_config(folder)
+    lines = compare_models(config, stored, folder)
+    weights = HuggingFaceWeights(folder, stored, load_family("llama"))
+    infos = weights.infos()
+    check_usable(folder, [f"it has no {name}" for name, _ in parameters if name not in infos])
+    with torch.no_grad():
+        for name, parameter in parameters:
+            _fill(name, parameter, weights)
+    return lines
+
+
+def compare_models(config: ModelConfig, stored: ModelConfig, folder: Path) -> list[str]:
+    """Hold the model that is trained against the one that weights were saved from.
+
+    Returns:
+        What differs besides the shape, as lines for the log: a run may mean to stretch its context.
+
+    Raises:
+        CheckpointError: If the shape differs.
+    """
+    check_usable(folder, [f"model.{line}" for line in _different(config, stored, SHAPE_KEYS)])
+    return [f"{folder}: model.{line}" for line in _different(config, stored, _FUNCTION_KEYS)]
+
+
+def _different(config: ModelConfig, stored: ModelConfig, keys: tuple[str, ...]) -> list[str]:
+    ours, theirs = asdict(config), asdict(stored)
+    return [f"{key} = {ours[key]}, and it was saved with {theirs[key]}" for key in keys if ours[key] != theirs[key]]
+
+
+def _fill(name: str, parameter: nn.Parameter, weights: Weights) -> None:
+    rows, columns = local_indices(parameter)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(weights.read(name, rows, columns).view(local.shape))

@@ -1,0 +1,1 @@
+"""The commands that prove: `python -m titan.verify parity`, `python -m titan.verify resume`."""
