@@ -101,6 +101,7 @@ PINNED = [
 STOP = [
     Case("SIGTERM to the launcher in a step", _filled("term_launcher:{rank}:step:{soon}"), STOPPED),
     Case("SIGUSR2 to the launcher in a step", _filled("usr2_launcher:{rank}:step:{soon}"), STOPPED),
+    Case("SIGINT to the launcher in a step", _filled("int_launcher:{rank}:step:{soon}"), STOPPED),
     Case("SIGTERM to the launcher in a save", _filled("term_launcher:{rank}:byte:{byte}"), STOPPED),
     Case("SIGUSR2 to one rank in a step", _filled("usr2:{rank}:step:{soon}"), STOPPED),
     Case("SIGUSR2 to one rank in a save", _filled("usr2:{rank}:byte:{byte}"), STOPPED),

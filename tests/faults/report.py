@@ -19,6 +19,8 @@ class Record:
     planted: str
     """Where exactly."""
     test: str = ""
+    same_end: bool = False
+    """Whether the run has ended bit-identical to the undisturbed one, whatever else had struck it."""
     recovery_seconds: float | None = None
     """From the start of the next command to its first new step; None where there was none."""
 
@@ -46,9 +48,11 @@ class Report:
         """Count what is no fault of a run."""
         self.checks[name] = self.checks.get(name, 0) + number
 
-    def ended_right(self, directory: Path) -> None:
-        """Count a run that is the undisturbed one."""
+    def ended_right(self) -> None:
+        """Note that the run of the test in hand has ended as the undisturbed one."""
         self.runs += 1
+        for record in self.records:
+            record.same_end |= record.test == self.test
 
     def write(self, path: Path, failed: int, seconds: float) -> None:
         """Write it all to a file."""

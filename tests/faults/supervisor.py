@@ -129,6 +129,7 @@ class Run:
 
     def start(self, faults: str = "", *more: str) -> Started:
         """Start the command with faults planted, without waiting."""
+        self.report.count("starts")
         planted = {"PYTHONPATH": str(FAULT), "PLANTED_FAULT": faults} if faults else {}
         return start(["-m", "titan.train", *self.arguments, *more], self.folder, self.environment | planted)
 
@@ -242,7 +243,7 @@ class Run:
         status = self.directory.read_status()
         assert (status["state"], status["step"]) == ("complete", last)
         assert [path.name for path in self.checkpoints.glob(".*")] == []
-        self.report.ended_right(self.directory.path)
+        self.report.ended_right()
 
     def _timed_rows(self) -> list[tuple[int, float]]:
         if not self.directory.metrics.exists():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -107,8 +109,11 @@ def test_killed_at_any_time(make_run: MakeRun, undisturbed: MakeReference, draw:
 
 @pytest.mark.faults
 @pytest.mark.timeout(900)
-def test_a_checkpoint_of_another_run_is_not_taken(make_run: MakeRun, undisturbed: MakeReference) -> None:
-    """Another run's checkpoint as the newest is set aside. With none left the run ends with 66, and stays there."""
+def test_checkpoints_that_cannot_be_used(make_run: MakeRun, undisturbed: MakeReference, here: Path) -> None:
+    """Another run's checkpoint as the newest is set aside. With none left the run ends with 66, and stays there.
+
+    Put back from a copy, they are good again.
+    """
     run = make_run(undisturbed(), "checkpoint=sync")
     strike(run, cases.STEP[0])
     newest, before = run.newest(), run.rows()
@@ -117,10 +122,15 @@ def test_a_checkpoint_of_another_run_is_not_taken(make_run: MakeRun, undisturbed
     run.survive("SIGKILL of a rank while it loads", "kill:1:loaded:1")
     assert (run.checkpoints / f"damaged_step_{newest + INTERVAL:08d}").is_dir()
 
+    kept = here / "kept"
+    shutil.copytree(run.checkpoints, kept)
     for step in run.whole_steps():
         DAMAGES["a bit is flipped in a shard"](step_folder(run.checkpoints, step), run.draw)
+    run.report.add("all checkpoints are damaged: refused with 66, and again", 66, 0, "")
     for _ in range(2):
         attempt = run.attempt(codes=(66,))
         assert "no usable checkpoint" in attempt.finished.err
-        assert [row for row in run.rows() if row not in before] == [], "nothing was trained"
-    run.report.add("all checkpoints are damaged: refused with 66, twice", 66, 0, "")
+        assert run.rows() == before, "nothing was trained"
+    shutil.rmtree(run.checkpoints)
+    kept.rename(run.checkpoints)
+    run.complete()
