@@ -51,17 +51,14 @@ class Case:
     codes: tuple[int, ...] = CRASH
 
 
-def slow_save(rank: int, seconds: float = 0.004) -> str:
-    """Return a fault that lets a rank's saves take longer than a step."""
-    return f"slow:{rank}:write:{seconds}"
-
-
-def _ranks(name: str, plant: str, **slow: float) -> list[Case]:
+def _ranks(name: str, plant: str, slow: float = 0.0) -> list[Case]:
     """Return a case for each of two ranks; `plant` has {rank} and what a moment has."""
-    return [Case(name.format(rank=rank), _filled(plant, rank, **slow)) for rank in range(2)]
+    return [Case(name.format(rank=rank), _filled(plant, rank, slow)) for rank in range(2)]
 
 
 def _filled(plant: str, rank: int | None = None, slow: float = 0.0) -> Callable[[Moment], str]:
+    """Return what makes a fault of a moment; with `slow`, each of the rank's writes takes so many seconds longer."""
+
     def fill(moment: Moment) -> str:
         values = {"rank": moment.rank if rank is None else rank, "save": moment.save, "byte": moment.byte}
         text = plant.format(**values, soon=moment.soon, sync=2 * moment.save)
@@ -76,28 +73,30 @@ STEP = [
     Case("SIGKILL of the launcher", _filled("kill_launcher:{rank}:step:{soon}"), (-9,)),
 ]
 SAVE = [
-    *_ranks("SIGKILL of rank {rank} at a byte of its shard", "kill:{rank}:byte:{byte}"),
-    Case("SIGKILL between manifest and rename", _filled("kill:0:manifest:{save}")),
-    Case("SIGKILL between rename and the sync of the folder", _filled("kill:0:sync:{sync}")),
-    Case("SIGKILL between commit and removal of old ones", _filled("kill:0:committed:{save}")),
-    Case("SIGKILL in the removal of old ones", _filled("kill:0:removing:1")),
+    *_ranks("SIGKILL of rank {rank} at a byte of its shard, sync", "kill:{rank}:byte:{byte}"),
+    Case("SIGKILL between manifest and rename, sync", _filled("kill:0:manifest:{save}")),
+    Case("SIGKILL between rename and the sync of the folder, sync", _filled("kill:0:sync:{sync}")),
+    Case("SIGKILL between commit and removal of old ones, sync", _filled("kill:0:committed:{save}")),
+    Case("SIGKILL in the removal of old ones, sync", _filled("kill:0:removing:1")),
 ]
 LOAD = [
     Case("SIGKILL of a rank while it loads", _filled("kill:{rank}:load:1")),
     Case("SIGKILL of a rank that has just loaded", _filled("kill:{rank}:loaded:1")),
 ]
 """Only where there is something to load."""
-BACKGROUND = [
-    *_ranks("SIGKILL of rank {rank} in a step, while a save goes on", "kill:{rank}:step:{soon}", slow=0.004),
-    *_ranks("SIGKILL of rank {rank} at a byte of its shard", "kill:{rank}:byte:{byte}"),
-    Case("SIGKILL between manifest and rename", _filled("kill:0:manifest:{save}")),
-    Case("SIGKILL between commit and removal of old ones", _filled("kill:0:committed:{save}")),
-]
-PINNED = [
-    *_ranks("SIGKILL of rank {rank} while it copies its state", "kill:{rank}:copy:{save}"),
-    *_ranks("SIGKILL of rank {rank} at a byte of its shard", "kill:{rank}:byte:{byte}"),
-    Case("SIGKILL between commit and removal of old ones", _filled("kill:0:committed:{save}")),
-]
+BACKGROUND = {
+    "async": [
+        *_ranks("SIGKILL of rank {rank} in a step while a save goes on, async", "kill:{rank}:step:{soon}", slow=0.0005),
+        *_ranks("SIGKILL of rank {rank} at a byte of its shard, async", "kill:{rank}:byte:{byte}"),
+        Case("SIGKILL between manifest and rename, async", _filled("kill:0:manifest:{save}")),
+        Case("SIGKILL between commit and removal of old ones, async", _filled("kill:0:committed:{save}")),
+    ],
+    "async_pinned": [
+        *_ranks("SIGKILL of rank {rank} while it copies its state, async_pinned", "kill:{rank}:copy:{save}"),
+        *_ranks("SIGKILL of rank {rank} at a byte of its shard, async_pinned", "kill:{rank}:byte:{byte}"),
+        Case("SIGKILL between commit and removal of old ones, async_pinned", _filled("kill:0:committed:{save}")),
+    ],
+}
 STOP = [
     Case("SIGTERM to the launcher in a step", _filled("term_launcher:{rank}:step:{soon}"), STOPPED),
     Case("SIGUSR2 to the launcher in a step", _filled("usr2_launcher:{rank}:step:{soon}"), STOPPED),

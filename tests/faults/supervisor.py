@@ -6,13 +6,14 @@ right to the bit, and what is missing must be explained by what happened.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from random import Random
-from typing import IO
+from typing import IO, Any
 
 from tests.faults.reference import Reference, different, digests
 from tests.faults.report import Record, Report
@@ -21,10 +22,8 @@ from tests.support.command import (
     Finished,
     Started,
     finish,
-    json_lines,
     kill_all,
     processes_with,
-    results,
     start,
     wait_until,
 )
@@ -119,11 +118,18 @@ class Run:
 
     def last_row(self) -> int:
         """Return the last step in metrics.jsonl; 0 without any."""
-        return results(self.directory.path)[-1][0] if self.directory.metrics.exists() and self.rows() else 0
+        return max((step for step, _, _ in self.rows()), default=0)
 
     def rows(self) -> list[tuple[int, float, float]]:
         """Return step, loss and gradient norm of every row."""
-        return results(self.directory.path) if self.directory.metrics.exists() else []
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in self._whole_rows()]
+
+    def _whole_rows(self) -> list[dict[str, Any]]:
+        """Return all rows but the last, if a full disk or a kill has cut that one short."""
+        if not self.directory.metrics.exists():
+            return []
+        whole, _, _ = self.directory.metrics.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     # -- an attempt --------------------------------------------------------------------------------------------------
 
@@ -246,7 +252,4 @@ class Run:
         self.report.ended_right()
 
     def _timed_rows(self) -> list[tuple[int, float]]:
-        if not self.directory.metrics.exists():
-            return []
-        rows = json_lines(self.directory.metrics)
-        return [(row["step"], datetime.fromisoformat(row["time"]).timestamp()) for row in rows]
+        return [(row["step"], datetime.fromisoformat(row["time"]).timestamp()) for row in self._whole_rows()]

@@ -48,7 +48,7 @@ def shuffled(draw: Random, first: Case, *others: Case) -> list[Case]:
 def test_a_run_survives(make_run: MakeRun, undisturbed: MakeReference) -> None:
     """A kill in a save, one between rename and clean-up, and a damaged checkpoint: the same run, to the bit."""
     run = make_run(undisturbed(SHORT), "checkpoint=async", lost_intervals=2)
-    strike(run, cases.BACKGROUND[3])
+    strike(run, cases.BACKGROUND["async"][3])
     name = "a bit is flipped in any file"
     if len(run.whole_steps()) > 1:
         run.damage_newest(name, DAMAGES[name])
@@ -69,13 +69,13 @@ def test_killed_while_saves_make_it_wait(
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", ROUNDS)
-@pytest.mark.parametrize(("mode", "faults"), [("async", cases.BACKGROUND), ("async_pinned", cases.PINNED)])
+@pytest.mark.parametrize("mode", cases.BACKGROUND)
 def test_killed_while_it_saves_in_the_background(
-    make_run: MakeRun, undisturbed: MakeReference, draw: Random, number: int, mode: str, faults: list[Case]
+    make_run: MakeRun, undisturbed: MakeReference, draw: Random, number: int, mode: str
 ) -> None:
     """With saves in the background: a kill in the midst of one costs what has been done since the one before."""
     run = make_run(undisturbed(), f"checkpoint={mode}", lost_intervals=2)
-    marathon(run, shuffled(draw, *faults), draw.sample(list(DAMAGES), 2))
+    marathon(run, shuffled(draw, *cases.BACKGROUND[mode]), draw.sample(list(DAMAGES), 2))
 
 
 @pytest.mark.faults

@@ -136,7 +136,7 @@ def test_a_slow_disk(make_run: MakeRun, undisturbed: MakeReference, mode: str) -
     """Where one rank writes slowly, training waits for it with sync, and goes on with async; nothing is lost."""
     run = make_run(undisturbed(), f"checkpoint={mode}", "checkpoint.interval=30")
     rank = run.draw.randrange(2)
-    run.attempt(f"slow:{rank}:write:0.002;slow:0:0.05", (0,))
+    run.attempt(f"slow:{rank}:write:0.0005;slow:0:0.1", (0,))
     *saves, _ = run.directory.read_events("save")
     assert len(saves) == 2
     for save in saves:
