@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -332,3 +334,35 @@ def test_a_stop_that_cannot_be_saved_says_where_it_goes_on(runs: Runs, monkeypat
     with pytest.raises(Stopped, match="and nothing was saved") as caught:
         runs.fit(runs.build(runs.config("other", "checkpoint.retry_seconds=0")), stop_after=1)
     assert caught.value.exit_code == 143
+
+
+# -- generators ------------------------------------------------------------------------------------------------------
+
+
+def draw(trainer: Trainer) -> None:
+    """Let the model draw: noise on every gradient, from torch's generator, Python's and NumPy's."""
+    run = trainer.forward_backward
+
+    def noisy(batches, valid_tokens):
+        loss = run(batches, valid_tokens)
+        scale = torch.rand(()).item() + random.random() + np.random.rand()
+        for _, parameter in trainer.parameters:
+            parameter.grad.mul_(scale)
+        return loss
+
+    trainer.forward_backward = noisy
+
+
+def test_a_model_that_draws_goes_on_drawing(runs: Runs) -> None:
+    """A run whose steps use random numbers is the same when it is repeated, and when it is interrupted."""
+    whole, again = (runs.train(name, change=draw) for name in ("whole", "again"))
+    assert results(whole.directory.path) == results(again.directory.path)
+    assert results(whole.directory.path) != results(runs.train("plain").directory.path)
+    first = runs.build(runs.config("stopped"))
+    draw(first)
+    with pytest.raises(Stopped):
+        runs.fit(first, stop_after=3)
+    torch.rand(7)
+    second = runs.train("stopped", change=draw)
+    assert results(second.directory.path) == results(whole.directory.path)
+    assert state_of(second, 6) == state_of(whole, 6)
