@@ -118,6 +118,7 @@ def build_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=False,
+        generator=torch.Generator(),  # or a new loader draws from torch's own, which a resumed run must find as it was
         worker_init_fn=_leave_stopping_to_the_rank,
     )
 
