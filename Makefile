@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-slow test-slurm check format clean
+.PHONY: train test test-slow test-slurm test-faults reliability check format clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m titan.train
@@ -19,6 +19,14 @@ test-slow: $(INSTALLED)
 # A real SLURM cluster of four nodes on this machine: needs root and Debian's packages, which it installs.
 test-slurm: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slurm tests/slurm
+
+# FAULT_SEED=7 draws other moments; FAULT_ROUNDS=3 goes through all of it three times.
+test-faults: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m faults tests/faults
+
+# The same, and what it found into docs/reliability.md.
+reliability: $(INSTALLED)
+	$(BIN)/python benchmarks/reliability.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check

@@ -41,6 +41,15 @@ class _Console(logging.StreamHandler):
         return None
 
 
+class _RankLog(logging.FileHandler):
+    """A rank's file."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Let a run go on whose disk is full: the line stays in the buffer, and comes with the next that has room."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def silence(stream: TextIO) -> None:
     """Let what is still written to a stream go nowhere."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -77,7 +86,7 @@ def start_rank_log(path: Path, rank: int, on_console: bool) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
-    file = logging.FileHandler(path)
+    file = _RankLog(path)
     file.name = "rank"
     formatter = logging.Formatter(f"%(asctime)s.%(msecs)03dZ rank {rank} %(levelname)s %(message)s")
     formatter.converter = time.gmtime

@@ -17,7 +17,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FAULT = Path(__file__).resolve().parent / "fault"
-"""On PYTHONPATH, it plants what PLANTED_FAULT says: fault:rank:step."""
+"""On PYTHONPATH, it plants what PLANTED_FAULT says, see its sitecustomize.py."""
 
 TINY_MODEL = (
     "model.dim=32",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -228,6 +230,20 @@ def test_a_complete_run_can_go_back(runs: Runs) -> None:
     assert not directory.is_complete(6)
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(runs: Runs) -> None:
+    """A folder that is not mounted looks like one without checkpoints; and they are not switched off over some."""
+    first = runs.train("run")
+    with pytest.raises(ConfigError, match="has checkpoints, but checkpoint=disabled would begin anew over them"):
+        runs.build(runs.config("run", "checkpoint=disabled", "training.steps=8"))
+    first.directory.checkpoints.rename(runs.folder / "elsewhere")
+    before = first.directory.metrics.read_bytes()
+    with pytest.raises(CheckpointError, match=r"had saved step 6, but .* holds no checkpoint any more"):
+        runs.build(runs.config("run", "training.steps=8"))
+    assert first.directory.metrics.read_bytes() == before
+    (runs.folder / "elsewhere").rename(first.directory.checkpoints)
+    assert runs.build(runs.config("run", "training.steps=8")).state.step == 6
+
+
 # -- what does not continue --------------------------------------------------------------------------------------------
 
 
@@ -318,3 +334,35 @@ def test_a_stop_that_cannot_be_saved_says_where_it_goes_on(runs: Runs, monkeypat
     with pytest.raises(Stopped, match="and nothing was saved") as caught:
         runs.fit(runs.build(runs.config("other", "checkpoint.retry_seconds=0")), stop_after=1)
     assert caught.value.exit_code == 143
+
+
+# -- generators ------------------------------------------------------------------------------------------------------
+
+
+def draw(trainer: Trainer) -> None:
+    """Let the model draw: noise on every gradient, from torch's generator, Python's and NumPy's."""
+    run = trainer.forward_backward
+
+    def noisy(batches, valid_tokens):
+        loss = run(batches, valid_tokens)
+        scale = torch.rand(()).item() + random.random() + np.random.rand()
+        for _, parameter in trainer.parameters:
+            parameter.grad.mul_(scale)
+        return loss
+
+    trainer.forward_backward = noisy
+
+
+def test_a_model_that_draws_goes_on_drawing(runs: Runs) -> None:
+    """A run whose steps use random numbers is the same when it is repeated, and when it is interrupted."""
+    whole, again = (runs.train(name, change=draw) for name in ("whole", "again"))
+    assert results(whole.directory.path) == results(again.directory.path)
+    assert results(whole.directory.path) != results(runs.train("plain").directory.path)
+    first = runs.build(runs.config("stopped"))
+    draw(first)
+    with pytest.raises(Stopped):
+        runs.fit(first, stop_after=3)
+    torch.rand(7)
+    second = runs.train("stopped", change=draw)
+    assert results(second.directory.path) == results(whole.directory.path)
+    assert state_of(second, 6) == state_of(whole, 6)

@@ -102,14 +102,14 @@ class Hang:
 
 
 HANGS = {
-    "in Python": Hang("sleep:1:4", f"{PLACE}.* in faulty"),
-    "rank 0, with readers": Hang("sleep:0:4", f"{PLACE}.* in faulty", ["data.num_workers=1"]),
-    "in its data": Hang("read:1:4", "titan/trainer/loop.py:.* in steps_of_batches", ["data.num_workers=1"]),
-    "with Python's lock": Hang("lock:1:4", f"{PLACE}.* in faulty"),
+    "in Python": Hang("sleep:1:4", f"{PLACE}.* in _strike"),
+    "rank 0, with readers": Hang("sleep:0:4", f"{PLACE}.* in _strike", ["data.num_workers=1"]),
+    "in its data": Hang("sleep:1:row:7", "titan/trainer/loop.py:.* in steps_of_batches", ["data.num_workers=1"]),
+    "with Python's lock": Hang("lock:1:4", f"{PLACE}.* in _strike"),
     "stopped": Hang("stop:0:4", "does not answer", leaves_stack=False),
     "a collective times out first": Hang(
         "sleep:1:4",
-        f"{PLACE}.* in faulty",
+        f"{PLACE}.* in _strike",
         ["cluster.timeout_seconds=5", "fault_tolerance.step_timeout_seconds=100"],
         during="step 4 hangs, and a collective has timed out (cluster.timeout_seconds): ",
     ),

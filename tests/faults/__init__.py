@@ -1,0 +1,1 @@
+"""Faults injected into real runs, which have to end as if nothing had happened."""
