@@ -17,8 +17,11 @@ Names are a contract with other tools; nothing else in titan spells them out.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,7 +141,7 @@ class RunDirectory:
                 lines = file.read().splitlines()
         except OSError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
+        return read_objects(lines)
 
     def events_size(self) -> int:
         """Return how many bytes events.jsonl has."""
@@ -153,29 +156,63 @@ class RunDirectory:
             lines = self.ledger.read_text().splitlines()
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return read_objects(lines)
 
     def append_ledger(self, row: dict[str, Any]) -> None:
-        """Append a row to skipped_steps.jsonl, and return when the disk has it."""
-        with self.ledger.open("a") as file:
-            file.write(json.dumps({"time": utc_now(), **row}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append a row to skipped_steps.jsonl, and return when the disk has it.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        append_line(self.ledger, {"time": utc_now(), **row}, is_synced=True)
 
     def append_event(self, event: str, **details: Any) -> None:
         """Append one line to events.jsonl. A full disk is told, not raised."""
-        line = json.dumps({"time": utc_now(), "event": event, **details})
+        row = {"time": utc_now(), "event": event, **details}
         try:
-            with (self.path / "events.jsonl").open("a") as file:
-                file.write(line + "\n")
+            append_line(self.path / "events.jsonl", row)
         except OSError as error:
-            logger.warning(f"events.jsonl cannot be written ({error.strerror}): {line}")
+            logger.warning(f"events.jsonl cannot be written ({error.strerror}): {json.dumps(row)}")
+
+
+def append_line(path: Path, row: dict[str, Any], is_synced: bool = False) -> None:
+    """Append one object as a line of its own, also behind a line that a crash or a full disk has cut short.
+
+    Args:
+        path: The file; made if it is not there.
+        row: The object.
+        is_synced: Return only when the disk has it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    with path.open("a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        is_cut = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+        data = b"\n" * is_cut + json.dumps(row).encode() + b"\n"
+        if os.write(file.fileno(), data) < len(data):  # in one piece, for ranks append to the same file
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if is_synced:
+            os.fsync(file.fileno())
+
+
+def read_objects(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the objects of lines; those that were cut short are left out."""
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(row := json.loads(line), dict):
+                found.append(row)
+    return found
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # or the rename may outlive the text, if the power goes
     os.replace(temporary, path)
 
 

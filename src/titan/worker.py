@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import multiprocessing
 import os
 import re
@@ -25,10 +26,18 @@ from typing import TYPE_CHECKING
 
 from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, PeerLost, StepHung, Stopped, TitanError
+from titan.errors import INTERRUPTED, ConfigError, PeerLost, Problem, StepHung, Stopped, TitanError
 from titan.launch import signals
 from titan.launch.dispatch import Frozen, freeze
-from titan.launch.environment import Rank, adopt_slurm_step, current_rank, launcher_pid, threads_per_rank
+from titan.launch.environment import (
+    CONFIG_DIGEST,
+    Rank,
+    adopt_slurm_step,
+    config_digest,
+    current_rank,
+    launcher_pid,
+    threads_per_rank,
+)
 from titan.launch.lock import RunInUse, RunLock
 from titan.log import logger, start_logging, start_rank_log
 from titan.run_directory import RunDirectory
@@ -69,6 +78,7 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
         return 2
     try:
         config = load_config(Path(arguments[0]))
+        _check_is_launchers(Path(arguments[0]))
         adopt_slurm_step(is_rank=True)
         rank = current_rank()
     except TitanError as error:
@@ -79,6 +89,24 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
         logger.info(f"{config.run.dir}: this run is complete (step {config.training.steps}); nothing to do")
         return 0
     return run_rank(config, rank or Rank(), job=job, on_console=on_console)
+
+
+def _check_is_launchers(path: Path) -> None:
+    """See that the config is the one that this rank's launcher has frozen, if titan's own has started it.
+
+    Raises:
+        ConfigError: If another command has changed it since.
+    """
+    frozen = os.environ.get(CONFIG_DIGEST)
+    if frozen is not None and config_digest(path) != frozen:
+        raise ConfigError(
+            [
+                Problem(
+                    f"{path} was changed by another command just after this run was started",
+                    suggestion="the same command again, or  run.dir=ANOTHER   for one of the two",
+                )
+            ]
+        )
 
 
 def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> int:
@@ -215,12 +243,15 @@ def _enter_run(config: TitanConfig, rank: Rank, store: Store | None, lock: RunLo
 
         signals.hold_interrupt(False)
         store = store or meet(rank, config.cluster.timeout_seconds)
-        key = "titan/run"
+        key, mine = "titan/run", hashlib.sha256(config_text(config).encode()).hexdigest()
         if is_first:
-            store.set(key, "refused" if refusal else "ours")
-        if store.get(key).decode() == "refused":
+            store.set(key, "refused" if refusal else mine)
+        found = store.get(key).decode()
+        if found == "refused":
             _leave_store(store, f"{key}/left", rank)
             raise refusal or RunInUse(directory)
+        if found != mine:
+            raise ConfigError(f"{directory.config} was changed by another command while this run was starting")
     elif refusal is not None:
         raise refusal
     return store

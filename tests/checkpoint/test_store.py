@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from titan.checkpoint import files
 from titan.checkpoint import store as module
 from titan.checkpoint.files import read_metadata, read_tensor, tensor_infos
-from titan.checkpoint.manifest import Manifest, committed_steps, record_of_file, recover
+from titan.checkpoint.manifest import FileRecord, Manifest, committed_steps, record_of_file, recover
 from titan.checkpoint.state import (
     NamedParameters,
     create_optimizer_state,
@@ -267,10 +267,10 @@ def test_generators_come_back() -> None:
 def test_the_newest_and_every_nth_are_kept(tmp_path: Path, keep: int, every: int, left: list[int]) -> None:
     """keep_latest counts from the newest and 0 keeps all; multiples of keep_every stay for good."""
     store, run = build_store(tmp_path, keep_latest=keep, keep_every=every), Run(0)
-    for step in range(1, 7):
+    for step in range(7):  # step 0 is there because somebody asked for it
         save(store, step, run)
         assert store.steps()[-1] == step
-    assert store.steps() == left
+    assert store.steps() == [0, *left]
     assert all(path.name.startswith("step_") for path in store.folder.iterdir())
 
 
@@ -394,6 +394,9 @@ def test_a_disk_that_is_nearly_full_is_not_filled(store: CheckpointStore, monkey
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     store.save(Manifest(2, 0, "all", RUN, {}), run.state(), "", in_background=False)
     assert "no space left: 0.00 GiB needed" in str(store.result())
+    # as much as all of it is not needed for the weights alone
+    store.save(Manifest(2, 0, "weights", RUN, {}), weights_state(run.parameters), "", in_background=False)
+    assert isinstance(store.result(), Saved)
 
 
 def test_a_folder_that_cannot_be_made_is_a_failed_save(tmp_path: Path) -> None:
@@ -514,6 +517,9 @@ def test_a_checkpoint_of_another_run_is_set_aside(store: CheckpointStore) -> Non
     save(store, 1, run)
     assert load(store, 1, Run(1)).step == 1
     assert store.steps() == [1]
+    assert {path.name for path in store.folder.iterdir()} == {
+        *("step_00000001", "foreign_step_00000002", "damaged_step_00000003")
+    }
 
 
 def test_a_run_that_went_back_does_not_go_further_back(tmp_path: Path) -> None:
@@ -673,6 +679,39 @@ def test_a_tensor_that_would_run_code_is_refused(store: CheckpointStore, tmp_pat
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside"])
+def test_a_checkpoint_names_no_file_outside_of_it(store: CheckpointStore, tmp_path: Path, name: str) -> None:
+    """Neither its manifest nor its metadata leads out of the folder, though every checksum is right."""
+    run = Run(0)
+    path = save(store, 1, run)
+    (store.folder / "outside").write_bytes((path / "__0_0.distcp").read_bytes())
+    manifest = Manifest.read(path)
+    Manifest(1, 0, "all", RUN, manifest.files | {name: record_of_file(path / "config.yaml")}).write(path)
+    with pytest.raises(CheckpointError, match=f"names a file outside of the checkpoint: {name}"):
+        store.find(RUN)
+
+    path = save(store, 2, run)
+    metadata = read_metadata(path)
+    for piece in metadata.storage_data.values():
+        piece.relative_path = name
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    forge(path)
+    with pytest.raises(CheckpointError, match=f"names a file outside of the checkpoint: {name}"):
+        store.load(path, run.state())
+
+
+def test_what_is_no_file_is_damage(store: CheckpointStore) -> None:
+    """A device in the place of a file could be read without end."""
+    path = save(store, 1, Run(0))
+    manifest = Manifest.read(path)
+    (path / "__0_0.distcp").unlink()
+    (path / "__0_0.distcp").symlink_to("/dev/zero")
+    records = {name: FileRecord(0, "") if name == "__0_0.distcp" else file for name, file in manifest.files.items()}
+    Manifest(1, 0, "all", RUN, records).write(path)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is no file"):
+        store.find(RUN)
+
+
 def test_bytes_that_are_no_metadata(tmp_path: Path) -> None:
     """Anything may stand in the file: it is an error with its path."""
     for content in (b"", b"text", pickle.dumps([1, 2]), b"\x80\x04\x95"):
@@ -681,3 +720,25 @@ def test_bytes_that_are_no_metadata(tmp_path: Path) -> None:
             read_metadata(tmp_path)
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no file \.metadata"):
         read_metadata(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "async_pinned"])
+def test_a_defect_in_saving_is_raised_and_nothing_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """What is no trouble of the disk's is no failed save: it ends the run, at once."""
+    store, run = build_store(tmp_path, mode), Run(0)
+
+    def defect(*given, **named):
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(module, "write_tensors", defect)
+
+    def save_and_wait() -> None:
+        store.save(Manifest(1, 0, "all", RUN, {}), run.state(), "", in_background=mode != "sync")
+        store.result()
+
+    with pytest.raises(TypeError, match="a defect"):
+        save_and_wait()
+    assert store.result() is None
+    store.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,15 +64,39 @@ def test_it_is_known_what_a_checkpoint_is(runs: Runs) -> None:
     assert set(manifest.files) == {".metadata", "__0_0.distcp", "config.yaml"}
 
 
-def test_the_waiting_is_told_every_time(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
-    """Log, events and metrics say how long training waited for each save."""
+def test_the_waiting_is_told_every_time(
+    runs: Runs, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log and events say how long training waited for each save: for the disk with sync, for the copy with async."""
+    from titan.checkpoint import store
+
+    write, seconds = store.write_tensors, 0.3
+
+    def slow(*given, **named):
+        time.sleep(seconds)
+        return write(*given, **named)
+
+    def slow_steps(trainer: Trainer) -> None:
+        run = trainer.forward_backward
+
+        def step(*given):
+            time.sleep(seconds)
+            return run(*given)
+
+        trainer.forward_backward = step
+
+    monkeypatch.setattr(store, "write_tensors", slow)
     caplog.set_level("INFO", "titan")
-    trainer = runs.train("run", "checkpoint=async")
-    saves = trainer.directory.read_events("save")
-    assert [event["step"] for event in saves] == [2, 4, 6]
-    assert all(event["waited_seconds"] >= 0 for event in saves)
-    waited = sum(row["checkpoint_seconds"] for row in json_lines(trainer.directory.metrics))
-    assert waited <= sum(event["waited_seconds"] for event in saves) + 1e-3
+    waited = {
+        mode: [event["waited_seconds"] for event in trainer.directory.read_events("save")]
+        for mode in ("sync", "async")
+        for trainer in [runs.train(mode, f"checkpoint={mode}", "training.steps=4", change=slow_steps)]
+    }
+    assert all(each >= seconds for each in waited["sync"])
+    assert waited["async"][0] < seconds <= waited["async"][1], "the end waits for the last"
+    assert sum("training waited" in record.getMessage() for record in caplog.records) == 4
+    rows = json_lines(runs.folder / "sync" / "metrics.jsonl")
+    assert sum(row["checkpoint_seconds"] for row in rows) >= seconds
 
 
 def test_time_brings_a_checkpoint_too(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +178,9 @@ def test_what_is_excluded_stays_as_it_was(runs: Runs) -> None:
     )
     assert every.state.step == 4
     assert not every.optimizer.state
+    # what is left out does not hide what does not fit besides
+    with pytest.raises(CheckpointError, match=r"model\.n_layers = 1, and it was saved with 2"):
+        runs.build(runs.config("fewer", *common, "model.n_layers=1", "checkpoint.exclude=[model.output.*]"))
     # other words, other output: what does not fit can be left out
     shape = ("model.vocab_size=300", "checkpoint.exclude=[model.output.*,model.tok_embeddings.*]")
     assert runs.build(runs.config("words", *common, *shape)).state.step == 0
@@ -279,10 +307,10 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, fails: list[bool]) -> None:
 
     original = CheckpointStore._start
 
-    def start(self, final):
+    def start(self, *given):
         if fails and fails.pop(0):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(self, final)
+        return original(self, *given)
 
     monkeypatch.setattr(CheckpointStore, "_start", start)
 
@@ -303,6 +331,16 @@ def test_a_failed_save_is_tried_again_and_training_goes_on(
     assert mode != "sync" or saved[0] == 4
     assert results(trainer.directory.path) == results(whole.directory.path)
     assert state_of(trainer, 6) == state_of(whole, 6)
+
+
+def test_a_retry_has_a_time_of_its_own(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interval that comes before it does not use up the tries: a disk may be full for an hour of fast steps."""
+    fill_disk(monkeypatch, [True])
+    options = ("checkpoint.interval=1", "checkpoint.retry_seconds=1000", "checkpoint.max_failures=2")
+    with pytest.raises(Stopped) as stopped:
+        runs.fit(runs.build(runs.config("run", *options)), stop_after=5)
+    assert len(runs.build(runs.config("run", *options)).directory.read_events("failed save")) == 1
+    assert stopped.value.saved_step == 5
 
 
 def test_storage_that_fails_repeatedly_ends_the_run(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.command import json_lines, results
+from tests.conftest import Command
+from tests.support.command import FAULT, TINY, json_lines, results
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.manifest import step_folder
+from titan.config.schema import FaultToleranceConfig
 from titan.errors import NonFiniteError, Stopped
+from titan.run_directory import RunDirectory
 from titan.trainer.build import Trainer
+from titan.trainer.loop import fit
+from titan.trainer.watchdog import Watchdog
 
 from .conftest import Runs
 
@@ -105,8 +111,6 @@ def test_rolling_back_needs_a_checkpoint(runs: Runs) -> None:
     """Without one the run stops, and says so."""
     with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
         runs.train("run", "fault_tolerance.on_spike=rollback", change=nan_at(1))
-    with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
-        runs.train("other", "fault_tolerance.on_spike=rollback", "checkpoint=disabled", change=nan_at(4))
 
 
 def test_spikes_without_end_end_the_run(runs: Runs) -> None:
@@ -126,3 +130,38 @@ def test_a_norm_above_its_limit_is_a_spike(runs: Runs) -> None:
     first = next(row for row in trainer.directory.read_ledger())
     assert first["first_step"] == next(step for step, norm in enumerate(norms, 1) if norm > limit)
     assert float(first["grad_norm"]) > limit
+
+
+@pytest.mark.parametrize("on_spike", ["skip", pytest.param("stop", marks=pytest.mark.slow)])
+def test_all_ranks_find_the_spike_of_one(titan_process: Command, here: Path, text_file: Path, on_spike: str) -> None:
+    """A number that is wrong on one tensor-parallel rank alone: both leave the step out, or both stop."""
+    finished = titan_process(
+        *(*TINY, f"data.path={text_file}", "run.dir=run", "cluster.devices_per_node=2", "parallelism.tp=2"),
+        *("training.steps=5", f"fault_tolerance.on_spike={on_spike}", "metrics.log_every=1"),
+        PYTHONPATH=str(FAULT),
+        PLANTED_FAULT="nan:1:step:3",
+    )
+    assert finished.code == (0 if on_spike == "skip" else NonFiniteError.exit_code), finished.text
+    directory = RunDirectory(here / "run")
+    if on_spike == "skip":
+        assert [row["first_step"] for row in directory.read_ledger()] == [3]
+        assert [step for step, _, _ in results(directory.path)] == [1, 2, 4, 5]
+    else:
+        for rank in (0, 1):
+            assert "no weight was moved" in directory.log(rank, 0).read_text()
+
+
+def test_the_first_step_after_a_resume_has_its_own_limit(runs: Runs) -> None:
+    """Steps that are left out do not start the clock of a steady step: the first one compiles."""
+    trainer = runs.build(runs.config("run", "fault_tolerance.on_spike=skip"))
+    trainer.directory.append_ledger({"first_step": 1, "last_step": 2})
+    begun: list[tuple[int, str]] = []
+
+    class Noting(Watchdog):
+        def step(self, number: int) -> None:
+            super().step(number)
+            begun.append((number, self._stage.key))
+
+    settings = FaultToleranceConfig(step_timeout_seconds=100, first_step_timeout_seconds=200)
+    fit(trainer, Noting(settings, trainer.directory, 0, 1, 0, report=lambda hung: None))
+    assert begun[:2] == [(3, "first_step_timeout_seconds"), (4, "step_timeout_seconds")]

@@ -22,9 +22,10 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def state_digests(folder: Path) -> dict[str, str]:
     """Return the digest of every tensor of a checkpoint, the generators of ranks aside; reads one at a time."""
-    infos = tensor_infos(read_metadata(folder))
+    metadata = read_metadata(folder)
+    infos = tensor_infos(metadata)
     return {
-        name: tensor_digest(read_tensor(folder, name, infos[name]))
+        name: tensor_digest(read_tensor(folder, name, infos[name], metadata))
         for name in sorted(infos)
         if not name.startswith(RNG)
     }

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from titan.checkpoint.manifest import FileRecord
+from titan.checkpoint.manifest import FileRecord, is_inside
 from titan.errors import CheckpointError, StorageError
 
 METADATA = ".metadata"
@@ -86,6 +86,9 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} holds no metadata of a checkpoint")
+    for piece in (metadata.storage_data or {}).values():
+        if not is_inside(str(piece.relative_path)):
+            raise CheckpointError(f"{path} names a file outside of the checkpoint: {piece.relative_path}")
     if metadata.storage_meta is None:
         metadata.storage_meta = StorageMeta()
     return metadata
@@ -125,7 +128,7 @@ def write_tensors(
     Raises:
         StorageError: On every rank, if one of them could not write; this rank's own reason, if it is the one.
     """
-    writer = _Writer(folder, sync, is_ahead=not release)
+    writer = _Writer(folder, sync, is_ahead=resolve is None)
     try:
         with _without_crc32(), _quiet(group):
             dcp.save(
@@ -216,7 +219,8 @@ class _Writer(FileSystemWriter):
     """Remembers the checksum of what it writes, and the reason when it cannot."""
 
     def __init__(self, folder: Path, sync: bool, is_ahead: bool) -> None:
-        # 0 asks for a tensor only when the one before it is written; the other is PyTorch's own default.
+        # The number is PyTorch's own default, and copies ahead from a GPU. 0 asks for a tensor only when the one before
+        # it is written, and leaves the GPU alone, which has nothing to do with copies that are on the CPU.
         super().__init__(folder, sync_files=sync, per_thread_copy_ahead=10_000_000 if is_ahead else 0)
         self.fs = _ChecksummingFiles()
 

@@ -78,10 +78,7 @@ class Manifest:
         """Write manifest.json and have the disk keep it, and the folder's list of files."""
         manifest = asdict(self)
         content = {"checksum": _checksum(manifest), "manifest": manifest}
-        with (folder / NAME).open("w") as file:
-            file.write(_text(content))
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(folder / NAME, _text(content))
         sync_folder(folder)
 
     @classmethod
@@ -106,6 +103,8 @@ class Manifest:
         if found["format"] != FORMAT:
             raise Damaged(f"its format is {found['format']}, and this titan reads {FORMAT}")
         files = {name: FileRecord(**record) for name, record in found.pop("files").items()}
+        if outside := [name for name in files if not is_inside(name)]:
+            raise Damaged(f"{NAME} names a file outside of the checkpoint: {outside[0]}")
         return cls(files=files, **found)
 
     def damage(self, folder: Path, names: Iterable[str] | None = None, checksums: bool = True) -> list[str]:
@@ -124,7 +123,9 @@ class Manifest:
             record, path = self.files[name], folder / name
             try:
                 size = path.stat().st_size
-                if size != record.bytes:
+                if not path.is_file():  # a device, say, may have no end
+                    wrong.append(f"{name} is no file")
+                elif size != record.bytes:
                     wrong.append(f"{name} has {size:,} bytes instead of {record.bytes:,}")
                 elif checksums and checksum_of_file(path) != record.checksum:
                     wrong.append(f"{name} does not have its checksum: its content has changed")
@@ -153,6 +154,19 @@ def checksum_of_file(path: Path) -> str:
 def record_of_file(path: Path) -> FileRecord:
     """Return a file's size and checksum."""
     return FileRecord(path.stat().st_size, checksum_of_file(path))
+
+
+def is_inside(name: str) -> bool:
+    """Whether the name of a file stays in the folder that it is taken from."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file, and return when the disk has it."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def step_folder(folder: Path, step: int) -> Path:

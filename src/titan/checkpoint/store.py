@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from titan.checkpoint.files import TensorInfo, read_metadata, read_tensors, tensor_infos, write_tensors
 from titan.checkpoint.manifest import (
@@ -38,6 +39,8 @@ from titan.checkpoint.manifest import (
     remove,
     rename_aside,
     step_folder,
+    sync_folder,
+    write_synced,
 )
 from titan.checkpoint.staging import Copies
 from titan.checkpoint.state import MODEL, OPTIMIZER
@@ -46,7 +49,8 @@ from titan.errors import CheckpointError, StorageError, TitanError
 from titan.log import logger
 
 CONFIG = "config.yaml"
-DAMAGED = "damaged"
+DAMAGED, FOREIGN = "damaged", "foreign"
+"""What the names of checkpoints begin with that were set aside: not whole, or not this run's."""
 
 T = TypeVar("T")
 Note = Callable[..., None]
@@ -89,8 +93,8 @@ class CheckpointStore:
         self.group = group
         self.is_first = dist.get_rank() == 0
         self._copies = Copies(is_kept=settings.mode is CheckpointMode.async_pinned)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self._writer = ThreadPoolExecutor(1, "checkpoint", _take_device, (_device(),))
+        self._copier = ThreadPoolExecutor(1, "staging", _take_device, (_device(),))
         self._in_flight: Future[Saved] | None = None
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -112,11 +116,12 @@ class CheckpointStore:
         assert self._in_flight is None, "`result` of the save before comes first"
         state = dict(state)
         if not in_background:
-            self._in_flight = Future()
+            done: Future[Saved] = Future()
             try:
-                self._in_flight.set_result(self._write(manifest, state, config, None))
+                done.set_result(self._write(manifest, state, config, None))
             except StorageError as error:
-                self._in_flight.set_exception(error)
+                done.set_exception(error)
+            self._in_flight = done
         elif self.settings.mode is CheckpointMode.async_pinned:
             finished = self._copies.start(state, self._copier)
             self._in_flight = self._writer.submit(lambda: self._write(manifest, state, config, finished()))
@@ -150,7 +155,7 @@ class CheckpointStore:
     ) -> Saved:
         began = time.perf_counter()
         final = step_folder(self.folder, manifest.step)
-        temporary = self._agree(lambda: self._start(final))
+        temporary = self._agree(lambda: self._start(final, manifest.content))
         try:
             mine = write_tensors(state, temporary, self.group, copies.__getitem__ if copies is not None else None)
             written: list[Any] = [None] * dist.get_world_size()
@@ -162,9 +167,11 @@ class CheckpointStore:
                 shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
             raise
 
-    def _start(self, final: Path) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed = self._size_of_newest()
+    def _start(self, final: Path, content: str) -> Path:
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            sync_folder(self.folder.parent)
+        needed = self._size_of_newest(content)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             # A save that cannot end would take what logs and metrics need.
@@ -173,16 +180,19 @@ class CheckpointStore:
         temporary.mkdir()
         return temporary
 
-    def _size_of_newest(self) -> int:
+    def _size_of_newest(self, content: str) -> int:
+        """Return the bytes of the newest checkpoint with as much in it; 0 where there is none."""
         for step in reversed(self.steps()):
             with contextlib.suppress(Damaged):
-                return Manifest.read(step_folder(self.folder, step)).bytes
+                manifest = Manifest.read(step_folder(self.folder, step))
+                if manifest.content == content and manifest.step:  # at step 0 there is no optimizer's state
+                    return manifest.bytes
         return 0
 
     def _commit(
         self, temporary: Path, final: Path, manifest: Manifest, written: list[dict[str, FileRecord]], config: str
     ) -> Saved:
-        (temporary / CONFIG).write_text(config)
+        write_synced(temporary / CONFIG, config)
         files = {name: record for part in written for name, record in part.items()}
         manifest = replace(manifest, files=files | {CONFIG: record_of_file(temporary / CONFIG)})
         commit(temporary, final, manifest)
@@ -203,7 +213,8 @@ class CheckpointStore:
             except Damaged:
                 continue  # left for whoever loads it to find
         for old in resumable[: -settings.keep_latest] if settings.keep_latest else []:
-            if not settings.keep_every or old % settings.keep_every:
+            is_for_good = old == 0 or (settings.keep_every and old % settings.keep_every == 0)
+            if not is_for_good:  # step 0 is there because save_initial asked for it
                 remove(step_folder(self.folder, old))
 
     # -- finding -----------------------------------------------------------------------------------------------------
@@ -239,7 +250,8 @@ class CheckpointStore:
             wrong = wrong or self.check(saved)
             if not wrong:
                 return saved
-            lost.append(self._agree(partial(self._set_aside, saved.path, wrong)))
+            is_foreign = bool(run and saved.manifest.run not in ("", run))
+            lost.append(self._agree(partial(self._set_aside, saved.path, wrong, is_foreign)))
 
     def _newest(self, run: str) -> tuple[Saved, list[str]] | None:
         """Return the newest checkpoint and what is wrong with its manifest."""
@@ -255,7 +267,7 @@ class CheckpointStore:
                 return Saved(nothing, path), [str(error)]
             if manifest.step != step:
                 return Saved(manifest, path), [f"it was saved as step {manifest.step}"]
-            if run and manifest.run and manifest.run != run:
+            if run and manifest.run not in ("", run):
                 return Saved(manifest, path), ["it was saved by another run"]
             if manifest.content == "all":
                 return Saved(manifest, path), []
@@ -282,18 +294,18 @@ class CheckpointStore:
             raise CheckpointError(f"{saved.path} cannot be read: {why}")
         return [line for _, lines in found for line in lines]
 
-    def _set_aside(self, path: Path, wrong: list[str]) -> str:
-        text = f"{path.name} is damaged: {'; '.join(wrong)}"
+    def _set_aside(self, path: Path, wrong: list[str], is_foreign: bool) -> str:
+        text = f"{path.name} {'cannot be used' if is_foreign else 'is damaged'}: {'; '.join(wrong)}"
         if self.settings.strict:
             raise CheckpointError(f"{text}\n  checkpoint.strict=false would set it aside and take the one before")
-        aside = rename_aside(path, DAMAGED)
+        aside = rename_aside(path, FOREIGN if is_foreign else DAMAGED)
         logger.warning(f"{text}; set aside as {aside.name}")
         self.note("quarantine", checkpoint=path.name, moved_to=aside.name, why="; ".join(wrong))
         return text
 
     def _nothing(self, lost: list[str]) -> None:
         """Return where no checkpoint was ever saved; else refuse to begin anew over a run that had begun."""
-        aside = sorted(entry.name for entry in self.folder.glob(f"{DAMAGED}_*")) if self.folder.is_dir() else []
+        aside = sorted(entry.name for prefix in (DAMAGED, FOREIGN) for entry in self.folder.glob(f"{prefix}_*"))
         floor = self.settings.load_step
         if lost or aside or floor >= 0:
             there = ", ".join(map(str, self.steps())) or "none"
@@ -309,23 +321,26 @@ class CheckpointStore:
         self,
         folder: Path,
         state: dict[str, Tensor],
-        prefixes: tuple[str, ...] = (MODEL, OPTIMIZER),
+        is_wanted: Callable[[str], bool] = lambda name: name.startswith((MODEL, OPTIMIZER)),
         can_cast: bool = False,
+        metadata: Metadata | None = None,
     ) -> None:
         """Fill tensors in place from a checkpoint, on any mesh; nothing is changed before all of them fit.
 
         Args:
             folder: The checkpoint's.
             state: By name.
-            prefixes: The checkpoint may have no other names with these beginnings than those of `state`.
+            is_wanted: Whether the checkpoint may not have a name that is missing from every rank's `state`.
             can_cast: Whether they may be saved in another format.
+            metadata: The checkpoint's, where it has been read already.
 
         Raises:
             CheckpointError: If they do not fit, on every rank; with what this rank has found.
         """
-        infos = tensor_infos(read_metadata(folder))
+        metadata = metadata or read_metadata(folder)
+        infos = tensor_infos(metadata)
         wrong = misfits(state, infos, can_cast)
-        names = sorted(name for name in infos if name.startswith(prefixes))
+        names = sorted(filter(is_wanted, infos))
         counts = torch.tensor([name in state for name in names] + [bool(wrong)], dtype=torch.int32)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=self.group)
         wrong += [f"{name} is not in this model" for name, is_known in zip(names, counts, strict=False) if not is_known]
@@ -334,7 +349,7 @@ class CheckpointStore:
             lines = [*wrong[:8], *more] or ["another rank says why"]
             listed = "\n".join(f"  {line}" for line in lines)
             raise CheckpointError(f"{folder} does not fit this model:\n{listed}")
-        read_tensors(state, folder, self.group)
+        read_tensors(state, folder, self.group, metadata)
 
     def _agree(self, action: Callable[[], T]) -> T:
         """Act on rank 0 and return its result on every rank; an error there is an error everywhere.
@@ -356,6 +371,16 @@ class CheckpointStore:
         if isinstance(outcome[0], TitanError):
             raise outcome[0]
         return cast(T, outcome[0])
+
+
+def _device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _take_device(device: int | None) -> None:
+    """Give a thread its rank's GPU; a new one has the first, and would take memory there."""
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def misfits(state: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], can_cast: bool) -> list[str]:

@@ -37,6 +37,7 @@ from titan.config.schema import (
     Device,
     Dtype,
     Float8Recipe,
+    OnSpike,
     TitanConfig,
     TokenizerKind,
 )
@@ -511,6 +512,11 @@ def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
                     "nothing",
                     suggestion="checkpoint=async",
                 )
+        if config.fault_tolerance.on_spike is OnSpike.rollback:
+            yield Problem(
+                "fault_tolerance.on_spike = rollback, but checkpoint=disabled saves nothing to go back to",
+                suggestion="checkpoint=async   or  fault_tolerance.on_spike=skip",
+            )
     if settings.last_dtype is Dtype.bfloat16 and settings.last_content is CheckpointContent.all:
         yield Problem(
             f"checkpoint.last_dtype = {settings.last_dtype.name}, but checkpoint.last_content = all",

@@ -20,7 +20,6 @@ from titan.convert.sources import HUGGING_FACE, META, Source, family_of
 from titan.errors import TitanError
 
 Say = Callable[[str], object]
-_EMBEDDING = "tok_embeddings.weight"
 
 
 class Disagreement(TitanError):
@@ -45,10 +44,10 @@ def check_import(source: Source, config: ModelConfig, folder: Path, say: Say) ->
     if source.kind not in (HUGGING_FACE, META):
         check_same(source.weights, written, say)
         return
-    _check_embedding(source.weights, written, None)
     positions = sample_positions(config)
     ours = TitanForward(written, config, family_of(config), positions)
     _check_agrees(compare(ours, _reference(source, config), config), config, say)
+    _check_values(source.weights, written, None)
 
 
 def _reference(source: Source, config: ModelConfig) -> Forward:
@@ -78,10 +77,10 @@ def check_hugging_face(source: Source, config: ModelConfig, folder: Path, dtype:
     family, positions = family_of(config), sample_positions(config)
     read_back = read_hugging_face_config(folder, config.name)
     written = HuggingFaceWeights(folder, read_back, family)
-    _check_embedding(source.weights, written, dtype)
     theirs = hugging_face_reference(read_json(folder / CONFIG), written.read_as_stored, positions)
     ours = TitanForward(source.weights, config, family, positions, dtype)
     _check_agrees(compare(ours, theirs, config), config, say)
+    _check_values(source.weights, written, dtype)
     if any(info.dtype != (dtype or info.dtype) for info in source.weights.infos().values()):
         whole = TitanForward(source.weights, config, family, positions)
         drift = compare(ours, whole, config, allowed=float("inf")).difference
@@ -98,12 +97,13 @@ def _check_agrees(found: Agreement, config: ModelConfig, say: Say) -> None:
     say(f"agrees   with the source: logits of {tokens} tokens to {found.difference:.1e} of their size")
 
 
-def _check_embedding(source: Weights, written: Weights, dtype: torch.dtype | None) -> None:
-    """Compare all of the embedding: a few tokens touch a few of its rows alone, and every format has it as it is."""
-    embedding = source.read(_EMBEDDING)
-    embedding = embedding if dtype is None else embedding.to(dtype)
-    if not _is_same(embedding, written.read(_EMBEDDING)):
-        raise Disagreement(f"what was written is not its source: {_EMBEDDING} differs\n  Nothing was kept.")
+def _check_values(source: Weights, written: Weights, dtype: torch.dtype | None) -> None:
+    """Compare every number, read back in titan's order: the logits hold the convention but do not feel a single bit."""
+    for name in source.infos():
+        expected = source.read(name)
+        expected = expected if dtype is None else expected.to(dtype)
+        if not _is_same(expected, written.read(name)):
+            raise Disagreement(f"what was written is not its source: {name} differs\n  Nothing was kept.")
 
 
 def check_same(source: Weights, written: Weights, say: Say) -> None:

@@ -15,7 +15,7 @@ from titan.config.load import load_config, save_config
 from titan.config.schema import CheckpointMode, TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.jobs import live_job
-from titan.launch.lock import check_not_in_use
+from titan.launch.lock import RunLock, check_not_in_use
 from titan.log import logger
 from titan.run_directory import RunDirectory, write_atomically
 
@@ -42,11 +42,13 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
             it that has not ended.
     """
     try:
-        found = _continue_run(config, directory) if directory.config.exists() else _begin_run(config, directory)
+        goes_back = False
+        if directory.config.exists():
+            found, goes_back = _continue_run(config, directory)
+        else:
+            found = _begin_run(config, directory)
         if found is not Frozen.complete:
-            directory.path.mkdir(parents=True, exist_ok=True)
-            save_config(config, directory.config)
-            write_atomically(directory.overrides, "".join(f"- {text!r}\n" for text in overrides) or "[]\n")
+            _write(config, directory, overrides, goes_back)
     except OSError as error:
         raise ConfigError(
             [
@@ -58,6 +60,18 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
             ]
         ) from error
     return found
+
+
+def _write(config: TitanConfig, directory: RunDirectory, overrides: list[str], goes_back: bool) -> None:
+    lock = RunLock(directory)
+    lock.acquire()  # or a run that is just starting would find its files changed
+    try:
+        if goes_back:
+            _go_back(config.checkpoint.load_step, directory)
+        save_config(config, directory.config)
+        write_atomically(directory.overrides, "".join(f"- {text!r}\n" for text in overrides) or "[]\n")
+    finally:
+        lock.release()
 
 
 def _begin_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
@@ -74,8 +88,12 @@ def _begin_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
     return Frozen.new
 
 
-def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
-    """Hold a config against the run that the directory has; writes nothing."""
+def _continue_run(config: TitanConfig, directory: RunDirectory) -> tuple[Frozen, bool]:
+    """Hold a config against the run that the directory has; writes nothing.
+
+    Returns:
+        What was found, and whether the run is to go back to a step.
+    """
     try:
         before = load_config(directory.config)
     except ConfigError as error:
@@ -86,9 +104,10 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
     refused = refused_keys(changes)
     if refused:
         raise ConfigError([_refuse(group, refused, changes, directory) for group in _groups(refused)])
+    # a command that is typed, or started, again has gone back already
     goes_back = "checkpoint.load_step" in changes and config.checkpoint.load_step >= 0
     if directory.is_complete(config.training.steps) and not goes_back:
-        return Frozen.complete
+        return Frozen.complete, False
     if config.checkpoint.mode is CheckpointMode["disabled"] and committed_steps(directory.checkpoints):
         raise ConfigError(
             [
@@ -113,26 +132,23 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
     check_not_in_use(directory)
     for key, (old, new) in changes.items():
         logger.info(f"resuming with {key} = {new} (was {old})")
-    if "checkpoint.load_step" in changes:  # a command that is typed, or started, again has gone back already
-        _go_back(config.checkpoint.load_step, directory)
-    return Frozen.continued
+    return Frozen.continued, goes_back
 
 
 def _go_back(step: int, directory: RunDirectory) -> None:
     """Set the checkpoints after a step aside, so that the newest is the one to go on from."""
     for later in committed_steps(directory.checkpoints):
-        if step >= 0 and later > step:
+        if later > step:
             path = step_folder(directory.checkpoints, later)
             aside = rename_aside(path, SET_ASIDE)
             logger.info(f"going back to step {step}: {path.name} is set aside as {aside.name}")
             directory.append_event("rewind", step=step, checkpoint=path.name, moved_to=aside.name)
-    if step >= 0:
-        directory.write_status("preempted", why=f"gone back to step {step}", step=step, saved_step=step)
+    directory.write_status("preempted", why=f"gone back to step {step}", step=step, saved_step=step)
 
 
 def _check_step(step: int, directory: RunDirectory) -> None:
     there = committed_steps(directory.checkpoints)
-    if step >= 0 and step not in there:
+    if step not in there:
         raise ConfigError(
             [
                 Problem(

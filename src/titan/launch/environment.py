@@ -8,6 +8,7 @@ where srun has started several tasks: most of them are also set in the shell of 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -185,6 +186,15 @@ def threads_per_rank(ranks: int) -> int:
 def slurm_job() -> str | None:
     """Return the number of the SLURM job that this process is in, if it is in one."""
     return os.environ.get("SLURM_JOB_ID") or None
+
+
+CONFIG_DIGEST = "TITAN_CONFIG_DIGEST"
+"""Of the config that this process's launcher has frozen."""
+
+
+def config_digest(path: Path) -> str:
+    """Return a digest of a frozen config's text."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def launcher_pid() -> int | None:

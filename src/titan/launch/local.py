@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from titan.errors import ConfigError, PeerLost, RanksFailed, StepHung, Stopped, TitanError
-from titan.launch.environment import threads_per_rank
+from titan.launch.environment import CONFIG_DIGEST, config_digest, threads_per_rank
 from titan.launch.signals import Forwarder
 from titan.run_directory import RunDirectory, short_path
 
@@ -76,6 +76,7 @@ def launch_local(
     os.environ |= environment or {}
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     os.environ["TITAN_LAUNCHER_PID"] = str(os.getpid())
+    os.environ[CONFIG_DIGEST] = config_digest(directory.config)
     before_run = directory.read_status()
 
     def is_training() -> bool:

@@ -12,6 +12,7 @@ NOTE: The kernel also gives it back when its owner closes *any* file descriptor 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -81,9 +82,10 @@ class RunLock:
             os.close(descriptor)
             raise RunInUse(self.directory)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": slurm_job(), "since": utc_now()}
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, (json.dumps(owner) + "\n").encode())
-        os.fsync(descriptor)  # another machine may have to tell a user
+        with contextlib.suppress(OSError):  # on a full disk nobody is told who it is
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, (json.dumps(owner) + "\n").encode())
+            os.fsync(descriptor)  # another machine may have to tell a user
         self._descriptor = descriptor
 
     def release(self) -> None:

@@ -20,47 +20,45 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Open for appending; lines beyond the step that is resumed from are dropped, for they will come again."""
         self.path = path
-        self._waiting = ""
-        self._drop_after(resumed_step)
-        self._file = path.open("a")
+        self._waiting = b""
+        self.rewind(resumed_step)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one line."""
-        self._waiting += json.dumps(row) + "\n"
+        self._waiting += json.dumps(row).encode() + b"\n"
         self._flush()
 
     def step(self) -> None:
         """Take note of a step; of no use to a file."""
 
     def rewind(self, step: int) -> None:
-        """Drop the lines beyond a step that the run has gone back to."""
-        self._flush()
-        self._file.close()
-        self._drop_after(step)
-        self._file = self.path.open("a")
+        """Drop the lines beyond a step that the run has gone back to, and one that a crash has cut short."""
+        waiting = self._waiting.splitlines(keepends=True)
+        self._waiting = b"".join(line for line in waiting if _step_of(line) <= step)
+        try:
+            self.path.touch()
+            kept = 0
+            with self.path.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n") or _step_of(line) > step:
+                        break
+                    kept += len(line)
+            os.truncate(self.path, kept)  # in place, which takes no room on a full disk
+        except OSError as error:
+            logger.warning(f"{self.path.name} cannot be changed: {error.strerror}")
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what is still waiting, if that can be done."""
         self._flush()
-        self._file.close()
 
     def _flush(self) -> None:
-        # Unbuffered, because a buffer that a full disk has refused would be written a second time.
-        data = self._waiting.encode()
-        written = 0
+        if not self._waiting:
+            return
         try:
-            while written < len(data):
-                written += os.write(self._file.fileno(), data[written:])
+            with self.path.open("ab", buffering=0) as file:  # a buffer would be written twice after a full disk
+                self._waiting = self._waiting[os.write(file.fileno(), self._waiting) :]
         except OSError as error:
             logger.warning(f"{self.path.name} cannot be written now: {error.strerror}")
-        self._waiting = data[written:].decode()
-
-    def _drop_after(self, step: int) -> None:
-        if self.path.exists():
-            kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, self.path)
 
 
 class Console:
@@ -124,7 +122,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +22,9 @@ SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size
 _FUNCTION_KEYS = ("norm_eps", "rope_theta", "rope_scaling")
 
 
-def load_hugging_face(parameters: list[tuple[str, nn.Parameter]], folder: Path, config: ModelConfig) -> list[str]:
+def load_hugging_face(
+    parameters: list[tuple[str, nn.Parameter]], folder: Path, config: ModelConfig, excused: Collection[str] = ()
+) -> list[str]:
     """Fill this rank's share of a model, on any mesh; no rank waits for another.
 
     Values are converted to the format of the parameters.
@@ -30,6 +33,7 @@ def load_hugging_face(parameters: list[tuple[str, nn.Parameter]], folder: Path, 
         parameters: This rank's, by their names in the bare model.
         folder: The Hugging Face folder.
         config: The shape of the model that is trained.
+        excused: Keys of the shape that may differ, because `parameters` leaves out what they are about.
 
     Returns:
         What else differs from the folder's config.json, as lines for the log: a run may mean to stretch its context.
@@ -38,7 +42,7 @@ def load_hugging_face(parameters: list[tuple[str, nn.Parameter]], folder: Path, 
         CheckpointError: If the folder is not whole, or is of another shape; nothing is filled then.
     """
     stored = read_hugging_face_config(folder)
-    lines = compare_models(config, stored, folder)
+    lines = compare_models(config, stored, folder, excused)
     weights = HuggingFaceWeights(folder, stored, load_family("llama"))
     infos = weights.infos()
     check_usable(folder, [f"it has no {name}" for name, _ in parameters if name not in infos])
@@ -48,8 +52,14 @@ def load_hugging_face(parameters: list[tuple[str, nn.Parameter]], folder: Path, 
     return lines
 
 
-def compare_models(config: ModelConfig, stored: ModelConfig, folder: Path) -> list[str]:
+def compare_models(config: ModelConfig, stored: ModelConfig, folder: Path, excused: Collection[str] = ()) -> list[str]:
     """Hold the model that is trained against the one that weights were saved from.
+
+    Args:
+        config: The shape of the model that is trained.
+        stored: That of the weights.
+        folder: Theirs, for the messages.
+        excused: Keys of the shape that may differ, because what they are about is not taken.
 
     Returns:
         What differs besides the shape, as lines for the log: a run may mean to stretch its context.
@@ -57,11 +67,12 @@ def compare_models(config: ModelConfig, stored: ModelConfig, folder: Path) -> li
     Raises:
         CheckpointError: If the shape differs.
     """
-    check_usable(folder, [f"model.{line}" for line in _different(config, stored, SHAPE_KEYS)])
+    keys = [key for key in SHAPE_KEYS if key not in excused]
+    check_usable(folder, [f"model.{line}" for line in _different(config, stored, keys)])
     return [f"{folder}: model.{line}" for line in _different(config, stored, _FUNCTION_KEYS)]
 
 
-def _different(config: ModelConfig, stored: ModelConfig, keys: tuple[str, ...]) -> list[str]:
+def _different(config: ModelConfig, stored: ModelConfig, keys: Sequence[str]) -> list[str]:
     ours, theirs = asdict(config), asdict(stored)
     return [f"{key} = {ours[key]}, and it was saved with {theirs[key]}" for key in keys if ours[key] != theirs[key]]
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from titan.config.degrees import accumulation_steps
+from titan.config.schema import CheckpointContent
 from titan.data.loader import Batch, build_loader
 from titan.errors import NonFiniteError, Stopped
 from titan.log import logger
@@ -59,13 +60,12 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         began, batches = time.perf_counter(), steps_of_batches(trainer, meter, ledger.steps)
         reset_peak_memory(trainer.device)
         if config.checkpoint.save_initial and trainer.state.step == 0:
-            with watchdog.extended():
-                saver.save_now()
+            save_surely(trainer, saver, watchdog, warning)
         while (state := trainer.state).step < steps:
-            watchdog.step(state.step + 1)
             if state.step + 1 in ledger.steps:
                 state.step += 1
             else:
+                watchdog.step(state.step + 1)
                 try:
                     result, learning_rate = run_step(trainer, next(batches), saver.wait_for_copies)
                 except NonFiniteError as spike:
@@ -88,8 +88,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                 saver.after_step(wishes)
             profile.step()
             collector.step(state.step)
-        with watchdog.extended():
-            saver.save_last()
+        save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)
     if dist.get_rank() == 0 and result is not None:
         bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
         logger.info(
@@ -97,6 +96,32 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
             f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}"
         )
     return result.loss if result is not None else None
+
+
+def save_surely(
+    trainer: Trainer,
+    saver: Saver,
+    watchdog: Watchdog,
+    warning: Callable[[], int],
+    content: CheckpointContent = CheckpointContent.all,
+) -> None:
+    """Save the step in hand, as often as it takes: the seed before the first step, and the end of the run.
+
+    Raises:
+        Stopped: After a warning between two tries.
+        StorageError: After `checkpoint.max_failures` in a row.
+    """
+    while True:
+        with watchdog.extended():
+            if saver.try_to_save(content):
+                return
+        seconds = trainer.config.checkpoint.retry_seconds
+        while seconds > 0:
+            told, _ = agree(trainer, warning(), Wishes())
+            if told:
+                raise Stopped(signal.Signals(told).name, trainer.state.step, saver.saved_step)
+            time.sleep(min(1.0, seconds))
+            seconds -= 1.0
 
 
 def open_sinks(trainer: Trainer) -> list[JsonLines | Console]:

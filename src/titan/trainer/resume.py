@@ -38,6 +38,7 @@ from titan.trainer.saving import describe_data
 from titan.trainer.state import TrainState
 
 T = TypeVar("T")
+_OF_WORDS = (f"{MODEL}tok_embeddings.weight", f"{MODEL}output.weight")
 
 
 def resume(trainer: Trainer) -> None:
@@ -91,7 +92,8 @@ def load_checkpoint(
         CheckpointError: If it does not fit.
     """
     takes_all = content is CheckpointContent.all
-    infos = tensor_infos(read_metadata(folder))
+    metadata = read_metadata(folder)
+    infos = tensor_infos(metadata)
     has_optimizer = any(name.startswith(OPTIMIZER) and not _fits_any(name, exclude) for name in infos)  # not at step 0
     state = weights_state(trainer.parameters)
     if takes_all and has_optimizer:
@@ -99,11 +101,15 @@ def load_checkpoint(
             create_optimizer_state(trainer.optimizer)
         state |= optimizer_state(trainer.parameters, trainer.optimizer)
     state = {name: tensor for name, tensor in state.items() if not _fits_any(name, exclude)}
-    prefixes = tuple(prefix for prefix in (MODEL, OPTIMIZER) if not exclude and (takes_all or prefix == MODEL))
+    prefixes = (MODEL, OPTIMIZER) if takes_all else (MODEL,)
+
+    def is_wanted(name: str) -> bool:
+        return name.startswith(prefixes) and not _fits_any(name, exclude)
+
     # the generators are those of ranks; on another mesh there are others, and nothing that they draw is missed
     is_same_mesh = takes_all and manifest.mesh == trainer.mesh.degrees
     generators = _generators(infos) if is_same_mesh and not exclude else {}
-    store.load(folder, state | generators, prefixes, can_cast=not takes_all)
+    store.load(folder, state | generators, is_wanted, can_cast=not takes_all, metadata=metadata)
     fill_copies(trainer.parameters, trainer.optimizer if takes_all and has_optimizer else None)
     for tensor in generators.values():
         set_rng_state(tensor)
@@ -119,9 +125,11 @@ def load_initial(trainer: Trainer, folder: Path) -> None:
     """
     settings, model = trainer.config.checkpoint, trainer.config.model
     without = f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
-    if is_hugging_face(folder):
+    # Words may be others where the tensors that have a row for each are left out.
+    excused = ("vocab_size", "tie_embeddings") if any(_fits_any(name, settings.exclude) for name in _OF_WORDS) else ()
+    if _from_first_rank(lambda: is_hugging_face(folder)):
         wanted = [named for named in trainer.parameters if not _fits_any(f"{MODEL}{named[0]}", settings.exclude)]
-        differences = load_hugging_face(wanted, folder, model)
+        differences = load_hugging_face(wanted, folder, model, excused)
         what = "weights"
     else:
         store = trainer.store or CheckpointStore(folder.parent, settings)
@@ -132,9 +140,7 @@ def load_initial(trainer: Trainer, folder: Path) -> None:
                 "  Try  checkpoint.initial_content=weights"
             )
         path = folder / CONFIG
-        differences = []
-        if path.is_file() and not settings.exclude:
-            differences = compare_models(model, load_model(path), folder)
+        differences = compare_models(model, load_model(path), folder, excused) if path.is_file() else []
         load_checkpoint(trainer, store, folder, manifest, settings.initial_content, settings.exclude)
         what = "weights" if settings.initial_content is CheckpointContent.weights else f"all of step {manifest.step}"
     for line in differences:
@@ -150,7 +156,7 @@ def verify_foreign(store: CheckpointStore, folder: Path) -> Manifest:
     Raises:
         CheckpointError: If it is damaged.
     """
-    if not (folder / NAME).exists():
+    if not _from_first_rank((folder / NAME).exists):
         infos = tensor_infos(read_metadata(folder))
         if not any(name.startswith(MODEL) for name in infos):
             raise CheckpointError(f"{folder} has no tensor whose name begins with {MODEL}")

@@ -83,7 +83,8 @@ class Saver:
         if not wishes.is_saving:
             self._settle(self.store)
         step = self.trainer.state.step
-        if step < self.trainer.config.training.steps and (wishes.is_due or step % self.settings.interval == 0):
+        is_in_turn = step % self.settings.interval == 0 and self._retry_at is None  # a retry has a time of its own
+        if step < self.trainer.config.training.steps and (wishes.is_due or is_in_turn):
             self._save(self.store)  # the last step has a save of its own
 
     def save_now(self, tries: int = _LAST_TRIES) -> int | None:
@@ -115,20 +116,21 @@ class Saver:
         if self.store is not None:
             self._settle(self.store)
 
-    def save_last(self) -> None:
-        """Save the end of the run, as often as it takes.
+    def try_to_save(self, content: CheckpointContent = CheckpointContent.all) -> bool:
+        """Save the step in hand, if it is not saved, and wait for it; returns whether it is there now.
+
+        Args:
+            content: What to save of it.
 
         Raises:
             StorageError: After `checkpoint.max_failures` in a row.
         """
         if self.store is None:
-            return
+            return True
         self._settle(self.store)
-        content = self.settings.last_content
-        while self.saved_step != self.trainer.state.step:
+        if self.saved_step != self.trainer.state.step:
             self._save(self.store, content, waits=True)
-            if self._retry_at is not None:
-                time.sleep(self.settings.retry_seconds)
+        return self.saved_step == self.trainer.state.step
 
     def wait_for_copies(self) -> None:
         """Return when the weights may move; counts the time."""

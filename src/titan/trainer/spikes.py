@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from titan.config.schema import CheckpointContent, FaultToleranceConfig, OnSpike
-from titan.errors import NonFiniteError
+from titan.errors import NonFiniteError, StorageError
 from titan.log import logger
 from titan.trainer.build import Trainer
 from titan.trainer.resume import load_checkpoint
@@ -48,6 +48,7 @@ class Ledger:
 
         Raises:
             NonFiniteError: If the run is to stop.
+            StorageError: If the ledger cannot be written.
         """
         trainer, action = self.trainer, self.settings.on_spike
         step = trainer.state.step + 1
@@ -71,13 +72,22 @@ class Ledger:
         if store is None or saved is None:
             raise self._stop(spike, self.trainer.state.step + 1, "; there is no checkpoint to go back to")
         load_checkpoint(self.trainer, store, saved.path, saved.manifest, CheckpointContent.all)
+        saver.saved_step = saved.manifest.step  # not one that turned out to be damaged
         return saved.manifest.step
 
     def _write(self, spike: NonFiniteError, first: int, last: int) -> None:
+        row = {"first_step": first, "last_step": last, "loss": str(spike.loss), "grad_norm": str(spike.grad_norm)}
+        failure: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                self.trainer.directory.append_ledger(row)
+            except OSError as error:
+                failure[0] = f"{self.trainer.directory.ledger} cannot be written: {error.strerror}"
+        dist.broadcast_object_list(failure)
+        if failure[0] is not None:  # a run that resumed would not know what was left out
+            raise StorageError(failure[0])
         if dist.get_rank() != 0:
             return
-        row = {"first_step": first, "last_step": last, "loss": str(spike.loss), "grad_norm": str(spike.grad_norm)}
-        self.trainer.directory.append_ledger(row)
         self.trainer.directory.append_event("spike", action=self.settings.on_spike.name, step=last, **row)
         left_out = f"step {last} is" if first == last else f"steps {first} to {last} are"
         logger.warning(f"step {last}: {spike}; {left_out} left out")

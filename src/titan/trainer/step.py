@@ -77,7 +77,7 @@ def train_step(
 
     Raises:
         NonFiniteError: If the loss or the gradient norm is not finite, or the norm above its limit, before any weight
-            has moved. Both are global, so all ranks raise together.
+            has moved; on every rank, if on one of them.
     """
     optimizer.zero_grad()
     valid_tokens = count_valid_tokens([batch.labels for batch in batches], loss_group)
@@ -86,8 +86,15 @@ def train_step(
     if stage_group is not None:  # only the last stage knows it
         dist.all_reduce(loss, group=stage_group)
     norm = global_grad_norm(parameters, loss.device, stage_group, copies)
-    result = StepResult(*torch.stack((loss, norm)).tolist())
-    if (wrong := find_spike(result, spike_grad_norm)) is not None:
+    limit = float("inf") if spike_grad_norm is None else spike_grad_norm
+    is_bad = ~loss.isfinite() | ~norm.isfinite() | (norm > limit)
+    # Both are global, but each tensor-parallel rank and each replica has computed them by itself.
+    is_bad = is_bad.to(loss.dtype)
+    dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
+    *values, is_bad_anywhere = torch.stack((loss, norm.to(loss.dtype), is_bad)).tolist()
+    result = StepResult(*values)
+    if is_bad_anywhere:
+        wrong = describe_spike(result, spike_grad_norm)
         raise NonFiniteError(f"{wrong}; no weight was moved", result.loss, result.grad_norm)
     clip_gradients(parameters, norm, max_grad_norm)
     before_update()
@@ -95,11 +102,12 @@ def train_step(
     return result
 
 
-def find_spike(result: StepResult, spike_grad_norm: float | None) -> str | None:
-    """Return what is wrong with a step's loss or gradient norm, or None."""
+def describe_spike(result: StepResult, spike_grad_norm: float | None) -> str:
+    """Say what is wrong with a step's loss or gradient norm, as this rank sees it."""
     for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
         if not abs(value) < float("inf"):
             return f"the {name} is {value}"
     if spike_grad_norm is not None and result.grad_norm > spike_grad_norm:
         return f"the gradient norm is {result.grad_norm:.4g}, above {spike_grad_norm:g}"
-    return None
+    here = f"here they are {result.loss:.4g} and {result.grad_norm:.4g}"
+    return f"the loss or the gradient norm of another rank is no number, or too large ({here})"

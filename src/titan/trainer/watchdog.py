@@ -29,6 +29,7 @@ from types import TracebackType
 
 from titan.config.schema import FaultToleranceConfig, TitanConfig
 from titan.errors import StepHung, TitanError
+from titan.log import logger
 from titan.run_directory import RunDirectory, short_path
 from titan.trainer.stacks import judge
 
@@ -102,16 +103,24 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.is_on:
-            path = self.directory.stacks(self.rank, self.attempt)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.stat().st_size:  # of an earlier hang, which somebody may still look into
-                path.replace(path.with_name(f"{path.name}.before"))
-            # at once to where other machines see it, for the kernel may not get to write it out later
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_SYNC, 0o644)
+            try:
+                self._file = self._open_stacks()
+            except OSError as error:
+                logger.warning(f"no watchdog: the file for its stacks cannot be made ({error.strerror})")
+                self.is_on = False
+                return self
             self._read = self.directory.events_size()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
+
+    def _open_stacks(self) -> int:
+        path = self.directory.stacks(self.rank, self.attempt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:  # of an earlier hang, which somebody may still look into
+            path.replace(path.with_name(f"{path.name}.before"))
+        # at once to where other machines see it, for the kernel may not get to write it out later
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_SYNC, 0o644)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,9 +156,17 @@ class Watchdog:
                 os.ftruncate(self._file, 0)
             looked = now
             left = max(stage.began, since) + stage.limit_seconds - now if stage.limit_seconds else float("inf")
-            if left < 0 or self._error is not None or self._heard("alarm", "hang"):
+            if left < 0 or self._error is not None or self._has_heard():
                 self._end_run(stage)
             self._set_reserve(min(left, self.settings.step_timeout_seconds))
+
+    def _has_heard(self) -> bool:
+        """Return whether another rank has raised the alarm; a look that fails is no reason to stop looking."""
+        try:
+            return self._heard("alarm", "hang") is not None
+        except Exception as error:
+            logger.debug(f"the watchdog cannot look at the events: {error}")
+            return False
 
     def _set_reserve(self, seconds: float) -> None:
         """Have the stack written down by itself, unless this rank has looked again by then."""

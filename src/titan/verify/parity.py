@@ -136,7 +136,11 @@ def parity(
 
 
 def build_layout(
-    config: TitanConfig, directory: Path, shrink: bool, checkpoint: CheckpointConfig | None = None
+    config: TitanConfig,
+    directory: Path,
+    shrink: bool,
+    checkpoint: CheckpointConfig | None = None,
+    also: Sequence[ParallelismConfig] = (),
 ) -> TitanConfig:
     """Return the config as CPU processes of this machine run it, resolved and checked.
 
@@ -145,6 +149,7 @@ def build_layout(
         directory: Of the run.
         shrink: Whether to shrink the model and the rows to what the layout needs.
         checkpoint: What to save and to load; None does neither.
+        also: Other layouts that the shrunk model has to fit.
 
     Raises:
         ConfigError: If it is wrong, or needs more processes than make sense here.
@@ -177,7 +182,7 @@ def build_layout(
         profiling=replace(config.profiling, enable=False),
     )
     if shrink:
-        config = shrink_config(config)
+        config = shrink_config(config, also)
     return check_config(config, replace(current_machine(), gpus=0))
 
 
@@ -193,19 +198,24 @@ def build_reference(layout: TitanConfig, directory: Path) -> TitanConfig:
     )
 
 
-def shrink_config(config: TitanConfig) -> TitanConfig:
-    """Return the config with the smallest model and rows that its layout can cut as it cuts the whole ones."""
-    model, settings = config.model, config.parallelism
-    cp_over_heads = settings.cp if settings.cp_method is ContextMethod.all_to_all else 1
-    n_kv_heads = min(model.n_kv_heads, max(2, settings.tp * cp_over_heads))
+def shrink_config(config: TitanConfig, also: Sequence[ParallelismConfig] = ()) -> TitanConfig:
+    """Return the config with the smallest model and rows that its layout can cut as it cuts the whole ones.
+
+    Args:
+        config: To shrink.
+        also: Other layouts that have to cut the same model.
+    """
+    model, layouts = config.model, [config.parallelism, *also]
+    tp, cp = (math.lcm(*(getattr(layout, axis) for layout in layouts)) for axis in ("tp", "cp"))
+    over_heads = [layout.tp * (layout.cp if layout.cp_method is ContextMethod.all_to_all else 1) for layout in layouts]
+    n_kv_heads = min(model.n_kv_heads, max(2, math.lcm(*over_heads)))
     n_heads = n_kv_heads * (model.n_heads // model.n_kv_heads)
-    unit = 16 * settings.tp  # float8 wants multiples of 16 on every rank
-    stages = sum(map(len, stages_of_ranks(settings))) if settings.pp > 1 else 1
+    unit = 16 * tp  # float8 wants multiples of 16 on every rank
     n_layers = model.n_layers
-    if settings.pp_modules is None:
-        n_layers = min(n_layers, max(2, stages + settings.pp_less_first + settings.pp_less_last))
-    tokens = settings.tp * -(-count_tokens(config.tokenizer) // settings.tp)
-    parts = settings.cp * 2 * settings.tp
+    if all(layout.pp_modules is None for layout in layouts):
+        n_layers = min(n_layers, max(2, *map(_blocks_of, layouts)))
+    tokens = tp * -(-count_tokens(config.tokenizer) // tp)
+    parts = cp * 2 * tp
     shape = ModelConfig(
         **{field: getattr(model, field) for field in ("name", "max_seq_len", "norm_eps", "rope_theta", "family")},
         rope_scaling=model.rope_scaling,
@@ -219,6 +229,11 @@ def shrink_config(config: TitanConfig) -> TitanConfig:
     )
     seq_len = min(config.training.seq_len, parts * max(1, 64 // parts))
     return replace(config, model=shape, training=replace(config.training, seq_len=seq_len))
+
+
+def _blocks_of(layout: ParallelismConfig) -> int:
+    stages = sum(map(len, stages_of_ranks(layout))) if layout.pp > 1 else 1
+    return stages + layout.pp_less_first + layout.pp_less_last
 
 
 def build_report(layout: TitanConfig, record: Record, reference: Record) -> dict[str, Any]:

@@ -147,10 +147,11 @@ def build_configs(
             training=replace(config.training, steps=steps),
             metrics=replace(config.metrics, log_every=1),
         )
-        return build_layout(config, folder / name, shrink, checkpoint)
+        return build_layout(config, folder / name, shrink, checkpoint, layouts)
 
-    undisturbed = build(overrides, "undisturbed")
     again = [*overrides, *(onto or [])]
+    layouts = [compose(texts, config_dir).parallelism for texts in (overrides, again)]
+    undisturbed = build(overrides, "undisturbed")
     if onto is not None and not any(text.startswith("training.global_batch_size=") for text in onto):
         again.append(f"training.global_batch_size={undisturbed.training.global_batch_size}")
     return undisturbed, build(overrides, "interrupted"), build(again, "interrupted")

@@ -1,0 +1,95 @@
+"""The files of a run, when a crash or a full disk has cut one short."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from titan import run_directory
+from titan.config.load import save_config
+from titan.errors import ConfigError
+from titan.launch.dispatch import freeze
+from titan.launch.environment import CONFIG_DIGEST, config_digest
+from titan.launch.lock import RunLock
+from titan.metrics.sinks import JsonLines
+from titan.run_directory import RunDirectory
+from titan.worker import _check_is_launchers
+
+from .support.command import json_lines
+from .trainer.conftest import Runs
+
+
+def test_a_line_that_was_cut_short_takes_no_other_with_it(tmp_path: Path) -> None:
+    """What is appended after it is a line of its own; readers leave out the part, and find all the rest."""
+    directory = RunDirectory(tmp_path)
+    for step in (1, 2):
+        directory.append_ledger({"first_step": step, "last_step": step})
+        directory.append_event("save", step=step)
+    for path in (directory.ledger, tmp_path / "events.jsonl"):
+        path.write_bytes(path.read_bytes()[:-5])
+    directory.append_ledger({"first_step": 3, "last_step": 3})
+    directory.append_event("save", step=3)
+    assert [row["first_step"] for row in directory.read_ledger()] == [1, 3]
+    assert [event["step"] for event in directory.read_events("save")] == [1, 3]
+
+
+def test_an_event_that_finds_no_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk loses an event, not the run; the ledger, which decides what is trained, is an error."""
+    directory = RunDirectory(tmp_path)
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory.os, "write", full)
+    directory.append_event("save", step=1)
+    with pytest.raises(OSError, match="No space left"):
+        directory.append_ledger({"first_step": 1, "last_step": 1})
+
+
+def test_metrics_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that a full disk refuses come with the next that it takes, each once, also after going back."""
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, 0)
+    sink.write({"step": 1})
+    with monkeypatch.context() as patch:
+
+        def full(*given):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("titan.metrics.sinks.os.write", full)
+        for step in (2, 3):
+            sink.write({"step": step})
+        sink.rewind(2)
+    sink.write({"step": 4})
+    assert [row["step"] for row in json_lines(path)] == [1, 2, 4]
+    sink.close()
+    path.write_bytes(path.read_bytes() + b'{"step": 5, "lo')
+    JsonLines(path, 2).close()
+    assert [row["step"] for row in json_lines(path)] == [1, 2]
+
+
+def test_the_config_of_a_live_run_is_not_changed(runs: Runs) -> None:
+    """A command that comes while another run starts is refused before it writes; a rank finds a config that changed."""
+    config = runs.config("run")
+    directory = RunDirectory(Path(config.run.dir))
+    freeze(config, directory, [])
+    before = directory.config.read_bytes()
+    digest = config_digest(directory.config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CONFIG_DIGEST, digest)
+        _check_is_launchers(directory.config)
+        save_config(runs.config("run", "optimizer.lr=0.5"), directory.config)
+        with pytest.raises(ConfigError, match="was changed by another command just after this run was started"):
+            _check_is_launchers(directory.config)
+    directory.config.write_bytes(before)
+    RunLock(directory).acquire()  # by this process, which may take it again; what others see is in tests/launch
+    assert directory.config.read_bytes() == before
+
+
+@pytest.fixture
+def runs(tmp_path: Path, text_file: Path, cache: Path) -> Runs:
+    """Runs in an empty folder."""
+    return Runs(tmp_path, text_file, cache)
