@@ -218,7 +218,7 @@ def test_help_into_a_closed_pipe_is_no_defect(here: Path, cache: Path) -> None:
 
 
 def test_ctrl_c_stops_a_whole_sweep(here: Path, cache: Path, text_file: Path) -> None:
-    """An interrupted point is the last one: a user who stops a sweep does not stop it once a point."""
+    """An interrupted point is saved and the last one: a user who stops a sweep does not stop it once a point."""
     arguments = ["-m", "titan.train", "-m", *TINY, f"data.path={text_file}", "run.dir=sweep", "training.seed=1,2"]
     process = start([*arguments, "training.steps=1000000"], here, clean_environment(cache))
     metrics = here / "sweep" / "0" / "metrics.jsonl"
@@ -228,6 +228,7 @@ def test_ctrl_c_stops_a_whole_sweep(here: Path, cache: Path, text_file: Path) ->
         finished = finish(process, 60)
     finally:
         kill_all(process)
-    assert finished.code == 130, finished.text
+    assert finished.code == 75, finished.text
     assert "Traceback" not in finished.text
+    assert "and it is saved" in finished.text
     assert not (here / "sweep" / "1").exists()

@@ -116,7 +116,8 @@ class StepHung(TitanError):
 class Stopped(TitanError):
     """The run was told to stop and did, between two steps and on all ranks together.
 
-    75 asks to be started again. Without a checkpoint there is nothing to go on from, so it is 143 then.
+    75 asks to be started again. Without a checkpoint there is nothing to go on from, so it is 143 then, or 130 after
+    Ctrl-C.
 
     Args:
         signal_name: What told it.
@@ -135,7 +136,7 @@ class Stopped(TitanError):
         super().__init__(f"stopped by {signal_name} after step {step}, {saved}")
         self.signal_name, self.step, self.saved_step = signal_name, step, saved_step
         if saved_step is None:
-            self.exit_code = TERMINATED
+            self.exit_code = INTERRUPTED if signal_name == "SIGINT" else TERMINATED
 
 
 class PeerLost(TitanError):

@@ -126,6 +126,10 @@ class RunDirectory:
         """Return what was appended to events.jsonl under a name, oldest first."""
         return [each for each in self.read_new_events(0) if each.get("event") == event]
 
+    def last_saved_step(self) -> int:
+        """Return the largest step that was ever saved, or 0."""
+        return max((event["step"] for event in self.read_events("save")), default=0)
+
     def read_new_events(self, offset: int) -> list[dict[str, Any]]:
         """Return what was appended to events.jsonl after it had so many bytes, oldest first."""
         try:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -60,6 +62,8 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
     start_logging()
     signals.hold_warnings()
     _die_with_launcher()
+    if launcher_pid() is not None:
+        signals.hold_interrupt(True)  # until there is somebody to account for it
     if len(arguments) != 1:
         print("usage: python -m titan.worker <run.dir>/config.yaml", file=sys.stderr)
         return 2
@@ -207,6 +211,9 @@ def _enter_run(config: TitanConfig, rank: Rank, store: Store | None, lock: RunLo
         directory.write_status("running")
         directory.append_event("start", ranks=rank.world_size, attempt=rank.attempt)
     if rank.has_store:
+        import torch.distributed  # noqa: F401  # some seconds, which better come to an end
+
+        signals.hold_interrupt(False)
         store = store or meet(rank, config.cluster.timeout_seconds)
         key = "titan/run"
         if is_first:
@@ -269,8 +276,17 @@ def train(
         resume(trainer)
         if trainer.state.step and rank.rank == 0:
             directory.append_event("resume", step=trainer.state.step)
-        if launcher_pid() is None:  # titan's own has another word for it, and sends SIGTERM only after a failure
-            stack.enter_context(signals.OrderlyTermination(directory.read_failure))
+        is_first = rank.rank == 0
+        stack.enter_context(
+            signals.OrderlyStop(
+                directory.read_failure,
+                interrupt=lambda: _end_at_once(directory, rank),
+                has_launcher=launcher_pid() is not None,
+                is_console=is_first,
+            )
+        )
+        if is_first:  # from here on there is something to save, which the launcher wants to know
+            directory.write_status("running", step=trainer.state.step)
         stack.enter_context(around(trainer))
         loss = fit(trainer, watchdog, lambda: warning(trainer))
     dist.destroy_process_group()
@@ -308,6 +324,13 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     return device, packed
 
 
+def _end_at_once(directory: RunDirectory, rank: Rank) -> None:
+    """Account for a second Ctrl-C, in a thread, and leave no process."""
+    _account(directory, rank, KeyboardInterrupt())
+    for reader in multiprocessing.active_children():
+        reader.kill()
+
+
 def _report_stop(directory: RunDirectory, rank: Rank, stop: Stopped) -> int:
     import torch.distributed as dist
 
@@ -338,6 +361,8 @@ def _account(directory: RunDirectory, rank: Rank, error: BaseException, may_writ
         code = error.exit_code
     elif isinstance(error, KeyboardInterrupt):
         code, text = INTERRUPTED, "interrupted"
+        if rank.has_store and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's and the launcher's are the same Ctrl-C
     else:
         text = "".join(traceback.format_exception(error)).rstrip()
         if words := _LOST_PEER.search(str(error)):
@@ -348,7 +373,8 @@ def _account(directory: RunDirectory, rank: Rank, error: BaseException, may_writ
     summary = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     is_hang = isinstance(error, StepHung)
     blamed = error.ranks[0] if is_hang else rank.rank
-    if rank.has_store and not is_hang:  # of which the agent would name a rank that has waited
+    is_main = threading.current_thread() is threading.main_thread()
+    if rank.has_store and is_main and not is_hang:  # of which the agent would name a rank that has waited
         _tell_agent(error)
     if may_write:
         if directory.read_status().get("state") == "running":  # the first to fail says why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def started_and_at_work(process: Started, here: Path) -> None:
         *(
             pytest.param(ranks, number, marks=pytest.mark.slow)
             for ranks in (1, 2)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
             if (ranks, number) != (1, signal.SIGTERM)
         ),
     ],
@@ -110,6 +111,66 @@ def test_a_signal_to_every_process_kills_no_reader(
         kill_all(process)
     assert finish(start(arguments, here, clean_environment(cache))).code == 0
     assert results(here / "run") == results(undisturbed[2])
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_again_ends_at_once(here: Path, cache: Path, text_file: Path, ranks: int) -> None:
+    """The first Ctrl-C says what a second one does; the second does not wait for a step that takes for ever."""
+    arguments = ["-m", "titan.train", *RUN, f"data.path={text_file}", f"cluster.devices_per_node={ranks}"]
+    fault = {"PYTHONPATH": str(FAULT), "PLANTED_FAULT": "sleep:0:3"}
+    process = start([*arguments, "data.num_workers=1"], here, clean_environment(cache, **fault))
+    try:
+        started_and_at_work(process, here)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(1)
+        assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        began = time.monotonic()
+        finished = finish(process)
+        assert time.monotonic() - began < 20
+        assert finished.code == 130, finished.text
+        assert finished.err.count("stopping after this step; Ctrl-C again ends at once") == 1
+        assert "Traceback" not in finished.text
+        assert processes_with(process.mark) == {}
+    finally:
+        kill_all(process)
+    directory = RunDirectory(here / "run")
+    assert directory.read_status()["state"] == "failed"
+    assert directory.read_events("save") == []
+    for log in (here / "run" / "logs").iterdir():
+        assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_before_the_first_step_ends_at_once(here: Path, cache: Path, text_file: Path, ranks: int) -> None:
+    """While the ranks build and tokenise there is nothing to save: the first Ctrl-C ends them."""
+    arguments = ["-m", "titan.train", *RUN, f"data.path={text_file}", f"cluster.devices_per_node={ranks}"]
+    process = start(arguments, here, clean_environment(cache))
+    try:
+        wait_until(lambda: len(list((here / "run").glob("logs/*.log"))) == ranks, "the ranks")
+        os.killpg(process.pid, signal.SIGINT)
+        finished = finish(process, 60)
+        assert finished.code == 130, finished.text
+        assert "Traceback" not in finished.text
+        assert processes_with(process.mark) == {}
+    finally:
+        kill_all(process)
+    assert RunDirectory(here / "run").read_status()["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_torchrun_leaves_nothing(here: Path, cache: Path, text_file: Path) -> None:
+    """Torchrun passes on what the terminal has already told its ranks: they save all the same, and nothing hangs."""
+    process = start([*torchrun(), *RUN, f"data.path={text_file}"], here, clean_environment(cache, **SLOW))
+    try:
+        started_and_at_work(process, here)
+        os.killpg(process.pid, signal.SIGINT)
+        finish(process, 60)  # its own exit code is 1 in any case
+        assert processes_with(process.mark) == {}
+    finally:
+        kill_all(process)
+    assert RunDirectory(here / "run").read_status()["state"] == "preempted"
 
 
 def test_without_checkpoints_it_says_that_nothing_was_saved(here: Path, cache: Path, text_file: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from titan.errors import ConfigError, StorageError
+from titan.errors import ConfigError, StepHung, StorageError
 
 from .files import SKYPILOT
 from .skypilot_environment import read_task
@@ -44,7 +44,7 @@ def test_skypilot_reads_what_is_meant(task: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_skypilot_recovers_by_exit_code(task: dict[str, Any]) -> None:
     """What asks to be requeued and what storage did are started again; a wrong config is not."""
-    assert task["job_recovery"]["recover_on_exit_codes"] == [StorageError.exit_code, 75]
+    assert task["job_recovery"]["recover_on_exit_codes"] == [StorageError.exit_code, StepHung.exit_code, 75]
     assert ConfigError.exit_code not in task["job_recovery"]["recover_on_exit_codes"]
     assert task["job_recovery"]["max_restarts_on_errors"] == 0
 

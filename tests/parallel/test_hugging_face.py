@@ -90,9 +90,9 @@ def load_on_one(config: ModelConfig, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"n_heads": 8}, "model.n_heads = 8, and its config.json says 6"),
-        ({"n_layers": 2, "dim": 96}, r"model.dim = 96, and .* says 48\n  model.n_layers = 2, and .* says 3"),
-        ({"tie_embeddings": True}, "model.tie_embeddings = True, and its config.json says False"),
+        ({"n_heads": 8}, "model.n_heads = 8, and it was saved with 6"),
+        ({"n_layers": 2, "dim": 96}, r"model.dim = 96, and .* with 48\n  model.n_layers = 2, and .* with 3"),
+        ({"tie_embeddings": True}, "model.tie_embeddings = True, and it was saved with False"),
     ],
 )
 def test_another_shape_is_refused(tmp_path: Path, change: dict[str, int], words: str) -> None:
@@ -106,4 +106,4 @@ def test_other_rotary_positions_are_said(tmp_path: Path) -> None:
     """A run may stretch the context of what it starts from; the log says so."""
     save_hugging_face(tmp_path)
     (line,) = load_on_one(shape(rope_theta=500000.0), tmp_path)
-    assert line == f"{tmp_path}: rope_theta = 500000.0, and its config.json says 10000.0"
+    assert line == f"{tmp_path}: model.rope_theta = 500000.0, and it was saved with 10000.0"

@@ -1,1 +1,1 @@
-"""Tests of the loop and what is around it."""
+"""Tests of the trainer: whole runs of one rank, in this process."""

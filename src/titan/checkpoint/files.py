@@ -106,6 +106,7 @@ def write_tensors(
     group: dist.ProcessGroup | None = None,
     resolve: Callable[[str], Tensor] | None = None,
     sync: bool = True,
+    release: bool = False,
 ) -> dict[str, FileRecord]:
     """Write tensors into an empty folder; every rank of the group takes part.
 
@@ -116,6 +117,7 @@ def write_tensors(
         resolve: Returns the data that this rank has of a name, on the CPU, where that is not in `state` itself: for
             copies made before, and for what is read from elsewhere only when its turn has come.
         sync: Return only when the disk has the files.
+        release: Take the memory of what `resolve` returns back as soon as it is written. Nobody else may use it.
 
     Returns:
         What this rank has written.
@@ -123,13 +125,13 @@ def write_tensors(
     Raises:
         StorageError: On every rank, if one of them could not write; this rank's own reason, if it is the one.
     """
-    writer = _Writer(folder, sync)
+    writer = _Writer(folder, sync, is_ahead=not release)
     try:
         with _without_crc32(), _quiet(group):
             dcp.save(
                 dict(state),
                 storage_writer=writer,
-                planner=_SavePlanner(resolve),
+                planner=_SavePlanner(resolve, release),
                 process_group=group,
                 no_dist=group is None,
             )
@@ -179,15 +181,21 @@ def read_tensor(folder: Path, name: str, info: TensorInfo, metadata: Metadata | 
 class _SavePlanner(DefaultSavePlanner):
     """Plans by the tensors' shapes, and takes their data from where it is told."""
 
-    def __init__(self, resolve: Callable[[str], Tensor] | None) -> None:
+    def __init__(self, resolve: Callable[[str], Tensor] | None, release: bool) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.resolve = resolve
+        self.resolve, self.release = resolve, release
+        self.before: Tensor | None = None
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         return super().lookup_object(index) if self.resolve is None else self.resolve(index.fqn)
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        return super().resolve_data(write_item).detach()
+        # PyTorch's writer holds on to every tensor until its file is complete (2.13), which one format of it needs.
+        if self.release and self.before is not None:
+            self.before.untyped_storage().resize_(0)
+        data = super().resolve_data(write_item).detach()
+        self.before = data if isinstance(data, Tensor) else None
+        return data
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -207,8 +215,9 @@ class _Reader(FileSystemReader):
 class _Writer(FileSystemWriter):
     """Remembers the checksum of what it writes, and the reason when it cannot."""
 
-    def __init__(self, folder: Path, sync: bool) -> None:
-        super().__init__(folder, sync_files=sync)
+    def __init__(self, folder: Path, sync: bool, is_ahead: bool) -> None:
+        # 0 asks for a tensor only when the one before it is written; the other is PyTorch's own default.
+        super().__init__(folder, sync_files=sync, per_thread_copy_ahead=10_000_000 if is_ahead else 0)
         self.fs = _ChecksummingFiles()
 
     @property

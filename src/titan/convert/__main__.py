@@ -13,6 +13,8 @@ command is wrong; 66 no usable weights; 73 the disk cannot be written. Nothing i
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import re
 import sys
@@ -24,12 +26,15 @@ from titan.config.schema import ModelConfig
 from titan.errors import INTERRUPTED, CommandError, TitanError
 
 _FORMATS = ("float32", "bfloat16", "float16")
+_M_MMAP_THRESHOLD = -3
+"""From malloc.h."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     parsed = build_parser().parse_args(arguments)
+    give_memory_back()
     try:
         code = parsed.run(parsed)
     except TitanError as error:
@@ -39,6 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\ninterrupted", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
+
+
+def give_memory_back() -> None:
+    """Have the C library return the memory of every large tensor to the system as soon as it is freed.
+
+    After the first one, glibc would take tensors of up to 32 MiB from its heap, where the hole that an aligned block
+    leaves is too small for the next one of the same size: memory would grow to that of all tensors together.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def build_parser() -> argparse.ArgumentParser:

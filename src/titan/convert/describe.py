@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -76,9 +77,8 @@ def format_description(found: dict[str, Any]) -> Iterator[str]:
     for name, count in found["groups"].items():
         yield f"  {name:<14}{count:>20,}  {count / max(1, found['parameters']):6.1%}"
     model = found["model"]
-    yield "model       " + (
-        "not said" if model is None else ", ".join(f"{key} {value}" for key, value in model.items())
-    )
+    shape = "not said" if model is None else ", ".join(f"{key} {value}" for key, value in model.items())
+    yield from textwrap.wrap(shape, 100, initial_indent="model       ", subsequent_indent=" " * 12)
     yield "largest"
     for each in found["largest"]:
         shape = " x ".join(map(str, each["shape"])) or "one number"

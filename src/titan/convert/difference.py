@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,9 @@ from titan.convert.sources import Source
 
 WORST = 10
 """Tensors that are listed."""
-_AT_ONCE = 1 << 20
-"""Numbers that are compared at one time, in float64."""
+_OPTIMIZER = "optimizer."
+_AT_ONCE = 1 << 15
+"""Numbers that are compared at one time, in float64: what a cache holds, and too few for threads to be worth it."""
 _FOR_PEOPLE = ("name",)
 """Keys of a model's config that change nothing."""
 
@@ -47,8 +49,8 @@ class Differences:
     only: tuple[list[str], list[str]] = field(default_factory=lambda: ([], []))
     """Tensors that only the first has, only the second."""
     shapes: list[str] = field(default_factory=list)
-    formats: list[str] = field(default_factory=list)
-    """Tensors of other formats, as lines. Under a tolerance only numbers count."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """How many tensors have which two formats. Under a tolerance only numbers count."""
     apart: list[Distance] = field(default_factory=list)
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -61,7 +63,7 @@ class Differences:
     @property
     def is_same(self) -> bool:
         """Whether there is nothing that counts."""
-        formats = self.formats if self.tolerance == 0 else []
+        formats = self.formats if self.tolerance == 0 else {}
         config = [key for key in self.config if key not in _FOR_PEOPLE]
         return not (self.only[0] or self.only[1] or self.shapes or formats or self.above or config)
 
@@ -71,7 +73,7 @@ def find_differences(a: Source, b: Source, tolerance: float = 0.0) -> Difference
     found = Differences(tolerance)
     _compare(a.weights, b.weights, "", found)
     if a.optimizer is not None and b.optimizer is not None:
-        _compare(a.optimizer, b.optimizer, "optimizer.", found)
+        _compare(a.optimizer, b.optimizer, _OPTIMIZER, found)
     elif a.optimizer is not None or b.optimizer is not None:
         found.notes.append(f"only the {'first' if a.optimizer is not None else 'second'} has an optimizer's state")
     if a.config is None or b.config is None:
@@ -91,15 +93,12 @@ def format_differences(found: Differences) -> Iterator[str]:
     for title, names in zip(("only first", "only second"), found.only, strict=True):
         yield from _listed(title, names)
     yield from _listed("shape", found.shapes)
-    yield from _listed("format", found.formats)
+    for formats, count in found.formats.items():
+        yield f"format      {formats}: {count} tensor{'s' * (count != 1)}"
     above = found.above
-    for each in above[:WORST]:
-        yield (
-            f"apart       {each.name:<40} {each.absolute:.1e} at most, {each.relative:.1e} of the largest number, "
-            f"{each.numbers:,} of {each.of:,} numbers"
-        )
-    if len(above) > WORST:
-        yield f"            ... and {len(above) - WORST} more"
+    # Apart from each other: of the optimizer all is always further apart than the weights.
+    yield from _worst([each for each in above if not each.name.startswith(_OPTIMIZER)])
+    yield from _worst([each for each in above if each.name.startswith(_OPTIMIZER)])
     within = len(found.apart) - len(above)
     same = found.compared - len(found.apart)
     yield f"tensors     {found.compared} in both: {same} equal, {within} within {found.tolerance:g}, {len(above)} apart"
@@ -111,19 +110,24 @@ def distance(name: str, a: Tensor, b: Tensor) -> Distance | None:
     absolute = largest = 0.0
     numbers = 0
     for first, second in zip(a.reshape(-1).split(_AT_ONCE), b.reshape(-1).split(_AT_ONCE), strict=True):
+        if first.dtype == second.dtype and torch.equal(first, second):
+            largest = max(largest, _largest(first))
+            continue
         x, y = first.double(), second.double()
         same = (x == y) | (x.isnan() & y.isnan())
-        if same.all():
-            largest = max(largest, float(x.nan_to_num(0.0).abs().max()) if len(x) else 0.0)
-            continue
-        apart = (x - y).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        apart = torch.where(same, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
         absolute = max(absolute, float(apart.max()))
-        largest = max(largest, float(x.nan_to_num(0.0).abs().max()), float(y.nan_to_num(0.0).abs().max()))
+        largest = max(largest, _largest(x), _largest(y))
         numbers += int((~same).sum())
     if not numbers:
         return None
     relative = absolute / largest if absolute != torch.inf and largest else torch.inf
     return Distance(name, absolute, relative, numbers, a.numel())
+
+
+def _largest(numbers: Tensor) -> float:
+    finite = numbers.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return float(finite.max()) if len(finite) else 0.0
 
 
 def _compare(a: Weights, b: Weights, prefix: str, found: Differences) -> None:
@@ -138,7 +142,7 @@ def _compare(a: Weights, b: Weights, prefix: str, found: Differences) -> None:
             found.shapes.append(f"{prefix}{name}: {list(shapes[0])} and {list(shapes[1])}")
             continue
         if dtypes[0] != dtypes[1]:
-            found.formats.append(f"{prefix}{name}: {format_name(dtypes[0])} and {format_name(dtypes[1])}")
+            found.formats[f"{format_name(dtypes[0])} and {format_name(dtypes[1])}"] += 1
         found.compared += 1
         far = distance(prefix + name, a.read(name), b.read(name))
         if far is not None:
@@ -153,6 +157,18 @@ def _different_keys(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]
         for key in keys
         if first.get(key, "not set") != second.get(key, "not set")
     }
+
+
+def _worst(apart: list[Distance]) -> Iterator[str]:
+    shown = apart[:WORST]
+    width = max((len(each.name) for each in shown), default=0)
+    for each in shown:
+        yield (
+            f"apart       {each.name:<{width}}  {each.absolute:.1e} at most, {each.relative:.1e} of the largest "
+            f"number, in {each.numbers:,} of {each.of:,}"
+        )
+    if len(apart) > WORST:
+        yield f"            ... and {len(apart) - WORST} more"
 
 
 def _listed(title: str, lines: list[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ list of allowed names, and the module that a config names as the model's family 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def open_source(path: Path) -> Source:
     if path.is_file():
         return _open_file(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not there")
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+        hint = f"\n  Try  hf download {path} --local-dir FOLDER   if it is the name of a model on the Hugging Face Hub"
+        raise CheckpointError(f"{path} is not there{hint * is_name}")
     if (path / NAME).is_file():
         return open_checkpoint(path)
     if is_hugging_face(path):

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,23 +19,20 @@ from torch import Tensor
 
 import titan
 from titan.checkpoint.files import TensorInfo, write_tensors
-from titan.checkpoint.hugging_face import CONFIG, HuggingFaceWeights, read_json, to_halves
-from titan.checkpoint.hugging_face_config import TOKEN_KEYS, read_hugging_face_config, to_hugging_face_config
+from titan.checkpoint.hugging_face import CONFIG, read_json, to_halves
+from titan.checkpoint.hugging_face_config import TOKEN_KEYS, to_hugging_face_config
 from titan.checkpoint.manifest import FileRecord, Manifest, commit, record_of_file, sync_folder
-from titan.checkpoint.meta import read_params
 from titan.checkpoint.shards import write_json, write_shards
 from titan.checkpoint.torch_file import TorchFile, config_content, write_torch_file
-from titan.checkpoint.weights import SavedTensors, Weights, check_usable
+from titan.checkpoint.weights import Weights, check_usable, expect_shapes
 from titan.config.load import model_text
 from titan.config.schema import ModelConfig
-from titan.convert.agreement import Agreement, Forward, TitanForward, compare, sample_positions
 from titan.convert.describe import size_text
-from titan.convert.reference import hugging_face_reference, meta_reference
-from titan.convert.sources import HUGGING_FACE, META, TITAN, Source, family_of
-from titan.errors import CommandError, StorageError, TitanError
+from titan.convert.sources import HUGGING_FACE, TITAN, Source, family_of
+from titan.convert.verification import Say, check_hugging_face, check_import, check_same
+from titan.errors import CommandError, StorageError
 from titan.run_directory import short_path, utc_now
 
-Say = Callable[[str], object]
 TOKENIZER = "tokenizer"
 """The folder of a checkpoint with the files that go with the weights unchanged."""
 GENERATION = "generation_config.json"
@@ -43,10 +40,6 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model"),
     *("chat_template.jinja", GENERATION),
 )
-
-
-class Disagreement(TitanError):
-    """What was written does not compute what its source computes."""
 
 
 def import_weights(source: Source, destination: Path, is_verified: bool, say: Say) -> None:
@@ -59,6 +52,7 @@ def import_weights(source: Source, destination: Path, is_verified: bool, say: Sa
         say: Prints a line.
 
     Raises:
+        CheckpointError: If the weights are not those of a model of this shape.
         CommandError: If the command is not for this source or destination.
         Disagreement: If the comparison fails; nothing is left then.
         StorageError: If it cannot be written.
@@ -71,13 +65,15 @@ def import_weights(source: Source, destination: Path, is_verified: bool, say: Sa
             f"{source.path} does not say of which shape its model is\n"
             "  Try  model=llama3_8b   behind the command, with model.dim=... and so on where it differs"
         )
+    shapes = family_of(config).parameter_shapes(config)
+    check_usable(source.path, expect_shapes(source.weights.infos(), shapes, {name: name for name in shapes}))
     say(describe_source(source))
     began = time.monotonic()
     with written_beside(destination) as temporary:
         temporary.mkdir()
         files = _write_checkpoint(source, config, temporary)
         if is_verified:
-            _check_import(source, config, temporary, say)
+            check_import(source, config, temporary, say)
         manifest = Manifest(
             step=source.step,
             tokens=source.tokens,
@@ -120,7 +116,7 @@ def export_hugging_face(
         temporary.mkdir()
         _write_hugging_face(source, config, temporary, dtype, max_shard_bytes)
         if is_verified:
-            _check_hugging_face(source, config, temporary, dtype, say)
+            check_hugging_face(source, config, temporary, dtype, say)
         size = sum(path.stat().st_size for path in temporary.iterdir())
         _put_in_place(temporary, destination)
     say(f"written  {short_path(destination)}: {size_text(size)} in {time.monotonic() - began:.1f} s")
@@ -156,9 +152,9 @@ def export_torch(
         )
         if is_verified:
             file = TorchFile(temporary)
-            _check_same(parts["model"], file.model, say)
+            check_same(parts["model"], file.model, say)
             if "optimizer" in parts and file.optimizer is not None:
-                _check_same(parts["optimizer"], file.optimizer, say)
+                check_same(parts["optimizer"], file.optimizer, say)
         size = temporary.stat().st_size
         _put_in_place(temporary, destination)
     say(f"written  {short_path(destination)}: {size_text(size)} in {time.monotonic() - began:.1f} s")
@@ -231,7 +227,7 @@ def _write_checkpoint(source: Source, config: ModelConfig, folder: Path) -> dict
         prefix, _, rest = name.partition(".")
         return parts[prefix + "."].read(rest)
 
-    files = write_tensors(state, folder, resolve=resolve)
+    files = write_tensors(state, folder, resolve=resolve, release=True)
     (folder / "config.yaml").write_text(model_text(config))
     names = ["config.yaml", *_keep_tokenizer(source, folder)]
     for name in names:
@@ -291,69 +287,6 @@ def _write_hugging_face(
     tokens = read_json(folder / GENERATION) if GENERATION in kept else {}
     write_json(folder / CONFIG, to_hugging_face_config(config, infos["tok_embeddings.weight"].dtype, tokens))
     sync_folder(folder)
-
-
-def _check_import(source: Source, config: ModelConfig, folder: Path, say: Say) -> None:
-    written = SavedTensors(folder)
-    if source.optimizer is not None:
-        _check_same(source.optimizer, SavedTensors(folder, "optimizer."), say)
-    if source.kind not in (HUGGING_FACE, META):
-        _check_same(source.weights, written, say)
-        return
-    positions = sample_positions(config)
-    ours = TitanForward(written, config, family_of(config), positions)
-    _check_agrees(compare(ours, _reference(source, config), config), config, say)
-
-
-def _reference(source: Source, config: ModelConfig) -> Forward:
-    """Return the model as the source's own convention has it."""
-    positions = sample_positions(config)
-    if source.kind == META:
-        factor = config.rope_scaling.factor if config.rope_scaling is not None else 1.0
-        params = read_params(source.path)
-        return meta_reference(params, source.weights.read, positions, factor, config.tie_embeddings)
-    assert isinstance(source.weights, HuggingFaceWeights)
-    return hugging_face_reference(read_json(source.path / CONFIG), source.weights.read_as_stored, positions)
-
-
-def _check_hugging_face(source: Source, config: ModelConfig, folder: Path, dtype: torch.dtype | None, say: Say) -> None:
-    """Hold what was exported against the checkpoint, whose weights are rounded likewise."""
-    family, positions = family_of(config), sample_positions(config)
-    read_back = read_hugging_face_config(folder, config.name)
-    written = HuggingFaceWeights(folder, read_back, family)
-    theirs = hugging_face_reference(read_json(folder / CONFIG), written.read_as_stored, positions)
-    ours = TitanForward(source.weights, config, family, positions, dtype)
-    _check_agrees(compare(ours, theirs, config), config, say)
-    if any(info.dtype != (dtype or info.dtype) for info in source.weights.infos().values()):
-        whole = TitanForward(source.weights, config, family, positions)
-        drift = compare(ours, whole, config, allowed=float("inf")).difference
-        say(f"rounded  to {str(dtype).removeprefix('torch.')}: the logits move by {drift:.1e} of their size")
-
-
-def _check_agrees(found: Agreement, config: ModelConfig, say: Say) -> None:
-    if found.departs:
-        raise Disagreement(
-            f"what was written does not compute what its source computes: they depart at {found.departs}, "
-            f"by {found.difference:.1e} of the size of the numbers\n  Nothing was kept."
-        )
-    tokens = len(sample_positions(config))
-    say(f"agrees   with the source: logits of {tokens} tokens to {found.difference:.1e} of their size")
-
-
-def _check_same(source: Weights, written: Weights, say: Say) -> None:
-    infos = source.infos()
-    different = [
-        name
-        for name, info in infos.items()
-        if written.infos().get(name) != info or not _is_same(source.read(name), written.read(name))
-    ]
-    if different or written.infos().keys() != infos.keys():
-        raise Disagreement(f"what was written is not its source, first in {different[0]}\n  Nothing was kept.")
-    say(f"agrees   with the source: {len(infos)} tensors to the bit")
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))  # as bits: NaN is itself
 
 
 def _put_in_place(temporary: Path, destination: Path) -> None:

@@ -118,16 +118,18 @@ def build_loader(
         collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=False,
+        generator=torch.Generator(),  # or a new loader draws from torch's own, which a resumed run must find as it was
         worker_init_fn=_leave_stopping_to_the_rank,
     )
 
 
 def _leave_stopping_to_the_rank(worker: int) -> None:
-    """Let a worker outlive the SIGTERM that schedulers send to all processes: its rank still needs batches to stop.
+    """Let a worker outlive what schedulers (SIGTERM) and terminals (SIGINT) send to all processes.
 
-    It ends when its rank says so, or has ended.
+    Its rank still needs batches to stop. It ends when its rank says so, or has ended.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(rows: list[tuple[np.ndarray, ...]]) -> Batch:

@@ -12,7 +12,7 @@ from titan.checkpoint.manifest import committed_steps, rename_aside, step_folder
 from titan.config.continuation import changed_keys, refused_keys
 from titan.config.keys import override
 from titan.config.load import load_config, save_config
-from titan.config.schema import TitanConfig
+from titan.config.schema import CheckpointMode, TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.jobs import live_job
 from titan.launch.lock import check_not_in_use
@@ -89,6 +89,15 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> Frozen:
     goes_back = "checkpoint.load_step" in changes and config.checkpoint.load_step >= 0
     if directory.is_complete(config.training.steps) and not goes_back:
         return Frozen.complete
+    if config.checkpoint.mode is CheckpointMode["disabled"] and committed_steps(directory.checkpoints):
+        raise ConfigError(
+            [
+                Problem(
+                    f"run.dir = {directory.path} has checkpoints, but checkpoint=disabled would begin anew over them",
+                    suggestion=f"checkpoint={before.checkpoint.mode.name}   or  run.dir=ANOTHER   for a new run",
+                )
+            ]
+        )
     if goes_back:
         _check_step(config.checkpoint.load_step, directory)
     if (job := live_job(directory)) is not None:

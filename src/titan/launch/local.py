@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from titan.errors import ConfigError, PeerLost, RanksFailed, StepHung, Stopped, TitanError
 from titan.launch.environment import threads_per_rank
@@ -51,7 +51,8 @@ def launch_local(
     Raises:
         RanksFailed: If a rank failed; names the first that did, and carries its exit code.
         Stopped: If this process was told to stop, and the ranks have saved and ended.
-        Interrupted: If it was told to stop at once (Ctrl-C), or the ranks did not end within the grace.
+        Interrupted: If it was told to stop at once (a second Ctrl-C, or one before the first step), or the ranks did
+            not end within the grace.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,13 +70,22 @@ def launch_local(
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=notes.name),
-        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # the others are the forwarder's
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are the forwarder's
     )
     before = dict(os.environ)
     os.environ |= environment or {}
     os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
     os.environ["TITAN_LAUNCHER_PID"] = str(os.getpid())
-    forwarder, before_run = Forwarder(grace_seconds), directory.read_status()
+    before_run = directory.read_status()
+
+    def is_training() -> bool:
+        status = directory.read_status()
+        return status != before_run and status.get("state") == "running" and "step" in status
+
+    def interrupt(number: signal.Signals) -> NoReturn:
+        raise SignalException(f"interrupted: the ranks get {number.name}", number)
+
+    forwarder = Forwarder(grace_seconds, is_training, interrupt)
     try:
         with forwarder:
             elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))

@@ -7,6 +7,10 @@ from the start of a rank, which everything that the rank starts inherits, and lo
 SIGTERM may mean that as well (Kubernetes, scancel, a torchrun that was told to stop), or that another rank has failed
 and this one, which may hang in a collective, is to get out of the way. It asks for an orderly stop, unless the run
 directory says that a rank has failed.
+
+SIGINT is Ctrl-C, which a terminal sends to the launcher, to all ranks and to their data loaders' workers. The first one
+asks for an orderly stop, and nobody dies of it; a second one ends the run at once. Before there is something to save,
+the first one does.
 """
 
 from __future__ import annotations
@@ -15,18 +19,25 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from titan.errors import Stopped
+from titan.errors import INTERRUPTED, Stopped
 
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before a job's end."""
 
+FIRST_INTERRUPT = "\nstopping after this step; Ctrl-C again ends at once"
+
 _END = b"\0"
 _POLL_SECONDS = 0.2
+_ONE_INTERRUPT_SECONDS = 0.5
+"""What comes so soon after a SIGINT is the same one: torchrun sends it on to ranks that the terminal has told."""
 _noted: set[int] = set()
 
 
@@ -41,10 +52,18 @@ def hold_warnings() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
 
 
+def hold_interrupt(is_held: bool) -> None:
+    """Put a SIGINT off, or let what was put off come; for what leaves a mess when interrupted, such as an import."""
+    signal.pthread_sigmask(signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def warning() -> int:
     """Return the signal that has told this process to stop, or 0."""
     pending = signal.sigpending()
-    return next((int(number) for number in (*WARNINGS, signal.SIGTERM) if number in _noted or number in pending), 0)
+    return next(
+        (int(number) for number in (*WARNINGS, signal.SIGTERM, signal.SIGINT) if number in _noted or number in pending),
+        0,
+    )
 
 
 def forget() -> None:
@@ -55,20 +74,34 @@ def forget() -> None:
             signal.sigwait({number})
 
 
-class OrderlyTermination:
-    """A context in which SIGTERM is a warning too.
+class OrderlyStop:
+    """A context in which SIGTERM and SIGINT are warnings too; a second SIGINT ends this process at once.
 
     Args:
         failure: Returns the exit code of a rank that has failed, or 0. Where one has, SIGTERM ends this process at
             once and with the same code, so that the job has it too.
+        interrupt: Says that this process ends at once, before it does.
+        has_launcher: Whether titan's own launcher has started this process. It sends SIGTERM only after a failure, and
+            it counts how often somebody presses Ctrl-C, which a terminal tells every process.
+        is_console: Whether this process tells the user what SIGINT does.
     """
 
-    def __init__(self, failure: Callable[[], int]) -> None:
-        self.failure = failure
+    def __init__(
+        self,
+        failure: Callable[[], int],
+        interrupt: Callable[[], object] = lambda: None,
+        has_launcher: bool = False,
+        is_console: bool = True,
+    ) -> None:
+        self.failure, self.interrupt = failure, interrupt
+        self.has_launcher, self.is_console = has_launcher, is_console
+        self._interrupted: float | None = None
 
-    def __enter__(self) -> OrderlyTermination:
-        self._before = signal.signal(signal.SIGTERM, _note)
-        # The handler runs between two lines of Python, so never while a collective hangs. The number of the signal
+    def __enter__(self) -> OrderlyStop:
+        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, _note)}
+        if not self.has_launcher:
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, _note)
+        # A handler runs between two lines of Python, so never while a collective hangs. The number of the signal
         # comes through this pipe at once, to a thread of its own.
         self._out, self._in = os.pipe()
         os.set_blocking(self._in, False)
@@ -81,8 +114,11 @@ class OrderlyTermination:
         signal.set_wakeup_fd(self._wakeup_before)
         # A rank that has stopped in order is about to end by itself. The first to do so makes srun send SIGTERM to the
         # others, and one that dies of it would hide the exit code of all.
+        # Titan's launcher may pass a SIGINT on at any moment.
         has_stopped = isinstance(exception[1], Stopped)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if has_stopped else self._before)
+        for number, before in self._before.items():
+            is_answered = has_stopped or (number == signal.SIGINT and self.has_launcher)
+            signal.signal(number, signal.SIG_IGN if is_answered else before)
         os.write(self._in, _END)  # closing it would not do: a data-loader worker may have it too
         self._thread.join()
         os.close(self._in)
@@ -97,9 +133,23 @@ class OrderlyTermination:
                 numbers = os.read(self._out, 64)
                 if _END in numbers:
                     return
-                is_told |= signal.SIGTERM in numbers
+                is_told |= signal.SIGTERM in numbers and not self.has_launcher
+                if signal.SIGINT in numbers and not self.has_launcher:
+                    self._on_interrupt()
             if is_told and (code := self.failure()):
                 os._exit(code)
+
+    def _on_interrupt(self) -> None:
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+            if self.is_console:
+                print(FIRST_INTERRUPT, file=sys.stderr, flush=True)
+        elif now > self._interrupted + _ONE_INTERRUPT_SECONDS:
+            try:
+                self.interrupt()
+            finally:
+                os._exit(INTERRUPTED)
 
 
 class Forwarder:
@@ -109,10 +159,15 @@ class Forwarder:
 
     Args:
         grace_seconds: How long the children have.
+        is_training: Whether the children have something to save.
+        interrupt: Ends this process and its children: called with SIGINT where there is nothing to save, and with
+            SIGQUIT after a second SIGINT, when the children take no notice of it any more.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
-        self.grace_seconds = grace_seconds
+    def __init__(
+        self, grace_seconds: float, is_training: Callable[[], bool], interrupt: Callable[[signal.Signals], NoReturn]
+    ) -> None:
+        self.grace_seconds, self.is_training, self.interrupt = grace_seconds, is_training, interrupt
         self.told = 0
         """The signal received, or 0."""
 
@@ -120,7 +175,10 @@ class Forwarder:
         hold_warnings()
         self._over = threading.Event()
         self._term = threading.Event()
-        self._before = signal.signal(signal.SIGTERM, lambda number, frame: self._term.set())
+        self._before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: self._term.set()),
+            signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt),
+        }
         self._thread = threading.Thread(target=self._forward, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -128,8 +186,17 @@ class Forwarder:
     def __exit__(self, *exception: object) -> None:
         self._over.set()
         self._thread.join()
-        signal.signal(signal.SIGTERM, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
         forget()
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.told == signal.SIGINT:
+            self.interrupt(signal.SIGQUIT)
+        if not self.is_training():
+            self.interrupt(signal.SIGINT)
+        self.told = signal.SIGINT
+        print(FIRST_INTERRUPT, file=sys.stderr, flush=True)
 
     def _forward(self) -> None:
         waited, ranks = 0.0, set[int]()
@@ -137,7 +204,8 @@ class Forwarder:
             self.told = self.told or (signal.SIGTERM if self._term.is_set() else warning())
             if not self.told:
                 continue
-            tell_ranks(signal.SIGUSR1, ranks)
+            # a terminal has told the ranks itself; one signal more is the same to them
+            tell_ranks(signal.SIGINT if self.told == signal.SIGINT else signal.SIGUSR1, ranks)
             waited += _POLL_SECONDS
             if waited > self.grace_seconds:
                 os.kill(os.getpid(), signal.SIGQUIT)

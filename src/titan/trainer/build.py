@@ -26,7 +26,7 @@ from titan.optim.build import build_optimizer
 from titan.parallel.context import positions_of_rank
 from titan.parallel.mesh import Mesh, build_mesh
 from titan.run_directory import RunDirectory
-from titan.trainer.device import device_name
+from titan.trainer.device import device_name, seed_generators
 from titan.trainer.model import build_model
 from titan.trainer.state import TrainState
 from titan.trainer.step import ForwardBackward
@@ -58,6 +58,8 @@ class Trainer:
     """Which positions of every row this rank has; None for all."""
     store: CheckpointStore | None
     state: TrainState = field(default_factory=TrainState)
+    resumed_step: int | None = None
+    """The step of the run's own checkpoint that it goes on from, if there is one."""
     run_identity: str = ""
     """What the run's checkpoints carry."""
 
@@ -81,6 +83,8 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
     if dist.get_world_size() != world_size(config.cluster):
         raise ConfigError(f"the config wants {world_size(config.cluster)} ranks, but {dist.get_world_size()} started")
     mesh = build_mesh(config.parallelism, device.type)
+    # Tensor-parallel ranks work on the same tokens, and have to draw the same.
+    seed_generators(config.training.seed, str({axis: at for axis, at in mesh.coordinates.items() if axis != "tp"}))
     family = load_family(config.model.family)
     model = build_model(config, family, mesh, device)
     optimizer = build_optimizer(model.parameters, config.optimizer, device)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import os
 import platform
+import random
 
+import numpy as np
 import torch
 
 from titan.config.schema import Device
@@ -38,6 +41,19 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def seed_generators(seed: int, place: str) -> None:
+    """Seed torch's generators, Python's and NumPy's; titan draws nothing from them, a model of one's own may.
+
+    Args:
+        seed: The run's.
+        place: What tells ranks apart that are to draw other numbers.
+    """
+    number = int.from_bytes(hashlib.sha256(f"{seed}/{place}".encode()).digest()[:8], "little") >> 1
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % (1 << 32))
 
 
 def device_name(device: torch.device) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +37,8 @@ from titan.trainer.hugging_face import compare_models, load_hugging_face
 from titan.trainer.saving import describe_data
 from titan.trainer.state import TrainState
 
+T = TypeVar("T")
+
 
 def resume(trainer: Trainer) -> None:
     """Go on from the newest whole checkpoint of the run, if it has one; else take `initial_load`, if that is set.
@@ -53,7 +56,15 @@ def resume(trainer: Trainer) -> None:
         if saved is not None:
             _check_continues(trainer, saved)
             load_checkpoint(trainer, store, saved.path, saved.manifest, CheckpointContent.all)
+            trainer.resumed_step = trainer.state.step
             logger.info(f"resumed at step {trainer.state.step}")
+        elif step := _from_first_rank(
+            lambda: max((e["step"] for e in trainer.directory.read_events("save")), default=0)
+        ):
+            raise CheckpointError(
+                f"{trainer.directory.path} had saved step {step}, but {store.folder} holds no checkpoint any more\n"
+                "  Try  run.dir=ANOTHER   to begin anew, or bring the checkpoints back"
+            )
     if saved is None and settings.initial_load is not None:
         load_initial(trainer, Path(settings.initial_load))
 
@@ -197,7 +208,7 @@ def _identify(trainer: Trainer, run: str, saved: Saved | None) -> None:
         trainer.directory.write_identity(trainer.run_identity)
 
 
-def _from_first_rank(read: Any) -> str:
+def _from_first_rank(read: Callable[[], T]) -> T:
     found: list[Any] = [read() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found)
     return found[0]

@@ -54,7 +54,7 @@ class Saver:
         self.trainer, self.meter = trainer, meter
         self.settings: CheckpointConfig = trainer.config.checkpoint
         self.store = trainer.store
-        self.saved_step = self._newest()
+        self.saved_step = trainer.resumed_step
         self.failures = 0
         self._waited = 0.0
         self._last = time.monotonic()
@@ -146,10 +146,6 @@ class Saver:
             self._settle(self.store)
         except Exception as error:
             logger.warning(f"the last save did not end: {error}")
-
-    def _newest(self) -> int | None:
-        steps = self.store.steps() if self.store is not None else []
-        return steps[-1] if steps else None
 
     def _save(
         self, store: CheckpointStore, content: CheckpointContent = CheckpointContent.all, waits: bool = False

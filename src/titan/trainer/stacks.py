@@ -110,11 +110,10 @@ def find_place(frames: Sequence[Frame]) -> Place:
             continue
         if _STANDARD_LIBRARY.search(frame.path):
             continue
-        if reads:
-            return Place(f"{frame.short} (waiting for its data)", False)
         is_waiting |= bool(_WAITING_LINE.search(linecache.getline(frame.path, frame.line)))
-        if _COMPILED not in frame.path and not frame.function.startswith("<"):  # <listcomp>: a part of the next one
-            return Place(frame.short, is_waiting)
+        if _COMPILED in frame.path or frame.function.startswith("<"):  # <listcomp>: a part of the next one
+            continue
+        return Place(f"{frame.short} (waiting for its data)", False) if reads else Place(frame.short, is_waiting)
     return Place(frames[0].short, is_waiting)
 
 

@@ -97,6 +97,8 @@ def _wrap(function, fault):
 
     def faulty(*given, **named):
         nonlocal count
+        if fault.place == "removing" and ".step_" not in str(given[0]):  # everybody's function
+            return function(*given, **named)
         count += 1
         now = given[0].state.step + 1 if fault.place in ("step", "moved") else count
         if now != int(fault.number) or (fault.place == "row" and multiprocessing.parent_process() is None):

@@ -1,0 +1,220 @@
+"""Saving and loading: how long training waits, in every mode, beside PyTorch's own `save`, in the same processes.
+
+Four processes hold a model with AdamW of some GiB, sharded by FSDP, and take their steps. In every turn the state is
+saved by plain `torch.distributed.checkpoint.save`, by titan in each mode, and by titan without checksums, each to a new
+folder of the same disk; then it is loaded by both. The order of the sides changes from turn to turn, because a disk is
+never as fast twice. What is compared is taken within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from record import OtherLoad, describe_machine, spread, write_result
+
+from titan.config.check import check_config
+from titan.config.degrees import Machine
+from titan.config.load import compose
+from titan.config.schema import CheckpointMode, TitanConfig
+
+RANKS = 4
+PLAIN, WITHOUT = "plain torch.distributed.checkpoint.save", "sync, without checksums"
+SIDES = (PLAIN, "sync", WITHOUT, "async", "async_pinned")
+MODEL = ("model.dim=768", "model.n_heads=12", "model.n_kv_heads=12", "model.ffn_dim=2048")
+LAYERS = 14
+
+
+def main() -> int:
+    """Measure all sides in turn, print and write the figures; 1 where checksums cost more than they may."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"blocks of the model (default: {LAYERS}: 1.1 GiB)")
+    parser.add_argument("--folder", help="where to save to (default: a temporary folder)")
+    arguments = parser.parse_args()
+    machine = describe_machine()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    load = OtherLoad()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        tokens = Path(folder) / "tokens.bin"
+        np.random.default_rng(0).integers(0, 256, 1 << 20).astype(np.uint16).tofile(tokens)
+        with multiprocessing.get_context("spawn").Pool(RANKS) as pool:
+            jobs = [(rank, Path(folder), arguments.layers, arguments.repeats) for rank in range(RANKS)]
+            found = pool.starmap(_rank, jobs, chunksize=1)[0]
+    others = load.cores()
+    cost = [with_ / without - 1 for with_, without in zip(found["sync"], found[WITHOUT], strict=True)]
+    figures = {
+        "gib": found.pop("gib"),
+        "step_seconds": spread(found.pop("step")),
+        "seconds": {side: spread(seconds) for side, seconds in found.items()},
+        "checksum_cost": spread(cost),
+        "times_plain": {
+            side: spread([own / plain for own, plain in zip(found[side], found[PLAIN], strict=True)])
+            for side in SIDES
+            if side != PLAIN
+        },
+    }
+    print(f"\n{figures['gib']:.2f} GiB of state, {RANKS} processes, {arguments.repeats} turns; medians, least to most")
+    for side, seconds in figures["seconds"].items():
+        print(f"{side:<42} {seconds['median']:>7.3f} s   {seconds['least']:.3f} to {seconds['most']:.3f}")
+    print(f"{'checksums, as a share of a synchronous save':<42} {figures['checksum_cost']['median']:>7.1%}")
+    path = write_result("checkpoints", machine, **figures, other_busy_cores=others)
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return int(figures["checksum_cost"]["median"] > 0.15)
+
+
+def _config(folder: Path, layers: int) -> TitanConfig:
+    return check_config(
+        compose(
+            [
+                *(*MODEL, f"model.n_layers={layers}", "training.seq_len=32", "training.local_batch_size=1"),
+                *(
+                    f"cluster.devices_per_node={RANKS}",
+                    "cluster.device=cpu",
+                    "checkpoint=sync",
+                    "training.steps=100000",
+                ),
+                *("checkpoint.interval=1000000", "checkpoint.keep_latest=1", f"run.dir={folder}"),
+            ]
+        ),
+        Machine(),
+    )
+
+
+def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
+    """Be one rank; returns the seconds of every side in every turn."""
+    import torch
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    from titan.checkpoint import files
+    from titan.checkpoint.manifest import step_folder
+    from titan.checkpoint.state import optimizer_state, weights_state
+    from titan.checkpoint.store import CheckpointStore
+    from titan.config.schema import CheckpointContent
+    from titan.data.packing import PackedTokens
+    from titan.trainer.build import build_trainer
+    from titan.trainer.device import select_device
+    from titan.trainer.loop import build_meter, run_step, steps_of_batches
+    from titan.trainer.resume import load_checkpoint
+    from titan.trainer.saving import Saver
+
+    config = _config(folder, layers)
+    device = select_device(config.cluster.device, rank, 1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    trainer = build_trainer(config, device, PackedTokens(folder / "tokens.bin", 1 << 20, 1, 1 << 20, {}, 1 << 20, 256))
+    meter = build_meter(trainer)
+    batches = steps_of_batches(trainer, meter)
+
+    def together(action: Callable[[], object]) -> float:
+        """Return the seconds that the slowest rank took."""
+        dist.barrier()
+        began = time.perf_counter()
+        action()
+        seconds = torch.tensor(time.perf_counter() - began)
+        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        return seconds.item()
+
+    def state() -> dict[str, torch.Tensor]:
+        return weights_state(trainer.parameters) | optimizer_state(trainer.parameters, trainer.optimizer)
+
+    def plain() -> None:
+        dcp.save(state(), checkpoint_id=folder / "plain")
+
+    def by_titan(mode: str) -> float:
+        """Return the seconds that training waited, from the save to its end."""
+        checkpoint = replace(config.checkpoint, mode=CheckpointMode[mode], interval=1)
+        trainer.config = replace(config, checkpoint=checkpoint)
+        trainer.store = CheckpointStore(folder / "titan", checkpoint)
+        saver = Saver(trainer, meter)
+        meter.checkpoint_seconds = 0.0
+        dist.barrier()
+        saver.after_step(saver.wishes())
+        while mode != "sync":
+            run_step(trainer, next(batches), saver.wait_for_copies)
+            if not _any_rank(saver.wishes().is_saving):
+                break
+        saver.settle()
+        saver.close()
+        waited = torch.tensor(meter.checkpoint_seconds)
+        dist.all_reduce(waited, op=dist.ReduceOp.MAX)
+        return waited.item()
+
+    def without_checksums() -> float:
+        original = files.xxhash.xxh3_128
+        files.xxhash.xxh3_128 = _Nothing  # type: ignore[assignment,misc]
+        try:
+            return by_titan("sync")
+        finally:
+            files.xxhash.xxh3_128 = original  # type: ignore[misc]
+
+    sides: dict[str, Callable[[], float]] = {
+        PLAIN: lambda: together(plain),
+        "sync": lambda: by_titan("sync"),
+        WITHOUT: without_checksums,
+        "async": lambda: by_titan("async"),
+        "async_pinned": lambda: by_titan("async_pinned"),
+    }
+    found: dict[str, Any] = {side: [] for side in SIDES} | {"load, plain": [], "load, verified": [], "step": []}
+    for _ in range(2):
+        found["step"].append(together(lambda: run_step(trainer, next(batches))))
+    found["gib"] = sum(t.numel() * t.element_size() for t in state().values()) / 2**30
+    for turn in range(repeats):
+        for side in (*SIDES[turn % len(SIDES) :], *SIDES[: turn % len(SIDES)]):
+            found[side].append(sides[side]())
+            if rank == 0:
+                print(f"{turn + 1}/{repeats}  {side:<42} {found[side][-1]:.3f} s", flush=True)
+                if side == PLAIN and turn < repeats - 1:
+                    shutil.rmtree(folder / "plain")
+            dist.barrier()
+    assert trainer.store is not None
+    for turn in range(repeats):
+        order = [("load, plain", lambda: dcp.load(state(), checkpoint_id=folder / "plain"))]
+
+        def verified() -> None:
+            assert trainer.store is not None
+            saved = trainer.store.find("")
+            assert saved is not None
+            load_checkpoint(trainer, trainer.store, saved.path, saved.manifest, CheckpointContent.all)
+
+        order.append(("load, verified", verified))
+        for name, action in order if turn % 2 else reversed(order):
+            found[name].append(together(action))
+    assert step_folder(folder / "titan", trainer.store.steps()[-1]).is_dir()
+    dist.destroy_process_group()
+    found["step"] = found["step"][1:]
+    return found
+
+
+def _any_rank(value: int) -> bool:
+    import torch
+    import torch.distributed as dist
+
+    values = torch.tensor(value)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return bool(values.item())
+
+
+class _Nothing:
+    """A checksum that costs nothing."""
+
+    def update(self, data: object) -> None:
+        """Do nothing."""
+
+    def hexdigest(self) -> str:
+        """Return no checksum."""
+        return "0" * 32
+
+
+if __name__ == "__main__":
+    sys.exit(main())

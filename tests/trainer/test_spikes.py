@@ -1,0 +1,121 @@
+"""Spikes: what a run does about a loss that is no number, and that a resumed run does the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from tests.support.command import json_lines, results
+from titan.checkpoint.canonical import state_digests
+from titan.checkpoint.manifest import step_folder
+from titan.errors import NonFiniteError, Stopped
+from titan.trainer.build import Trainer
+
+from .conftest import Runs
+
+
+def nan_at(*steps: int) -> Callable[[Trainer], None]:
+    """Plant a loss that is no number in some steps, counted from 1."""
+
+    def plant(trainer: Trainer) -> None:
+        run = trainer.forward_backward
+
+        def spoiled(batches, valid_tokens):
+            loss = run(batches, valid_tokens)
+            return loss * math.nan if trainer.state.step + 1 in steps else loss
+
+        trainer.forward_backward = spoiled
+
+    return plant
+
+
+def state_of(trainer: Trainer) -> dict[str, str]:
+    """Return the digests of a run's last checkpoint."""
+    return state_digests(step_folder(trainer.directory.checkpoints, trainer.state.step))
+
+
+def test_without_an_option_the_run_stops_and_no_weight_has_moved(runs: Runs) -> None:
+    """Exit code 71 with the step; what was saved before is there."""
+    trainer = runs.build(runs.config("run"))
+    nan_at(4)(trainer)
+    with pytest.raises(NonFiniteError, match="step 4: the loss is nan; no weight was moved") as caught:
+        runs.fit(trainer)
+    assert caught.value.exit_code == 71
+    assert trainer.directory.read_ledger() == []
+    assert [event["action"] for event in trainer.directory.read_events("spike")] == ["stop"]
+    assert runs.build(runs.config("run")).state.step == 2
+
+
+def test_a_batch_that_is_skipped_leaves_no_trace_in_the_weights(runs: Runs) -> None:
+    """The step counts and its batch is gone: its rows come in no other step, its weights are those of before."""
+    trainer = runs.train("run", "fault_tolerance.on_spike=skip", change=nan_at(3))
+    rows = json_lines(trainer.directory.metrics)
+    assert [row["step"] for row in rows] == [1, 2, 4, 5, 6]
+    ((row),) = trainer.directory.read_ledger()
+    assert (row["first_step"], row["last_step"], row["loss"]) == (3, 3, "nan")
+    assert trainer.state.tokens == 5 * trainer.tokens_per_step
+    whole = runs.train("whole")
+    assert results(whole.directory.path)[:2] == results(trainer.directory.path)[:2]
+    assert results(whole.directory.path)[3] != results(trainer.directory.path)[2]
+
+
+@pytest.mark.parametrize("on_spike", ["skip", "rollback"])
+@pytest.mark.parametrize("stop_after", [2, 5])
+def test_a_resumed_run_obeys_the_ledger(runs: Runs, on_spike: str, stop_after: int) -> None:
+    """Stopped before the spike or after it, and without it the second time, a run leaves out the same batches."""
+    options = (f"fault_tolerance.on_spike={on_spike}", "checkpoint.keep_latest=0")
+    whole = runs.train("whole", *options, change=nan_at(4))
+    first = runs.build(runs.config("stopped", *options))
+    nan_at(4)(first)
+    with pytest.raises(Stopped):
+        runs.fit(first, stop_after)
+    second = runs.train("stopped", *options, change=nan_at(4) if stop_after < 4 else lambda trainer: None)
+    assert results(second.directory.path) == results(whole.directory.path)
+    assert state_of(second) == state_of(whole)
+    # and once more, from a checkpoint before the spike, with nothing planted: the ledger alone decides
+    again = runs.train("stopped", *options, "checkpoint.load_step=2")
+    assert results(again.directory.path) == results(whole.directory.path)
+    assert state_of(again) == state_of(whole)
+
+
+def test_rolling_back_goes_to_the_last_checkpoint_and_skips_from_there(runs: Runs) -> None:
+    """A spike in step 4 after a checkpoint of step 2: steps 3 and 4 are left out, and their rows of metrics go."""
+    trainer = runs.train("run", "fault_tolerance.on_spike=rollback", change=nan_at(4))
+    assert [row["step"] for row in json_lines(trainer.directory.metrics)] == [1, 2, 5, 6]
+    ((row),) = trainer.directory.read_ledger()
+    assert (row["first_step"], row["last_step"]) == (3, 4)
+    # the same as a run that was told beforehand
+    told = runs.build(runs.config("told", "fault_tolerance.on_spike=rollback"))
+    told.directory.append_ledger({"first_step": 3, "last_step": 4})
+    runs.fit(told)
+    assert results(told.directory.path) == results(trainer.directory.path)
+    assert state_of(told) == state_of(trainer)
+
+
+def test_rolling_back_needs_a_checkpoint(runs: Runs) -> None:
+    """Without one the run stops, and says so."""
+    with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
+        runs.train("run", "fault_tolerance.on_spike=rollback", change=nan_at(1))
+    with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):
+        runs.train("other", "fault_tolerance.on_spike=rollback", "checkpoint=disabled", change=nan_at(4))
+
+
+def test_spikes_without_end_end_the_run(runs: Runs) -> None:
+    """After max_spikes, those of earlier attempts included, the run stops."""
+    options = ("fault_tolerance.on_spike=skip", "fault_tolerance.max_spikes=2")
+    with pytest.raises(NonFiniteError, match=r"step 5: .* there were 2 before: fault_tolerance\.max_spikes"):
+        runs.train("run", *options, change=nan_at(2, 3, 5))
+    with pytest.raises(NonFiniteError, match="step 6"):
+        runs.train("run", *options, change=nan_at(6))
+
+
+def test_a_norm_above_its_limit_is_a_spike(runs: Runs) -> None:
+    """spike_grad_norm: a finite step too large is treated alike."""
+    norms = [norm for _, _, norm in results(runs.train("whole").directory.path)]
+    limit = max(norms) * 0.999
+    trainer = runs.train("run", "fault_tolerance.on_spike=skip", f"fault_tolerance.spike_grad_norm={limit}")
+    first = next(row for row in trainer.directory.read_ledger())
+    assert first["first_step"] == next(step for step, norm in enumerate(norms, 1) if norm > limit)
+    assert float(first["grad_norm"]) > limit
