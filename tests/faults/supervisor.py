@@ -72,8 +72,10 @@ class Run:
         reference: What the run has to be.
         draw: For every choice.
         report: Takes what is found.
+        interval: Steps between two checkpoints.
         lost_intervals: How many intervals of steps a crash may cost: one, and a second where a save goes on while
             the next steps are done.
+        before_spike: The run without the spike that the reference goes back at: what is written before it.
     """
 
     folder: Path
@@ -85,7 +87,6 @@ class Run:
     interval: int
     lost_intervals: int = 1
     before_spike: Reference | None = None
-    """The run without the spike: what is written before a spike that makes the run go back."""
     _judged: set[tuple[int, str]] = field(default_factory=set)
     _recovering: Record | None = None
 
@@ -133,18 +134,17 @@ class Run:
 
     # -- an attempt --------------------------------------------------------------------------------------------------
 
-    def start(self, faults: str = "", *more: str) -> Started:
+    def start(self, faults: str = "") -> Started:
         """Start the command with faults planted, without waiting."""
         self.report.count("starts")
         planted = {"PYTHONPATH": str(FAULT), "PLANTED_FAULT": faults} if faults else {}
-        return start(["-m", "titan.train", *self.arguments, *more], self.folder, self.environment | planted)
+        return start(["-m", "titan.train", *self.arguments], self.folder, self.environment | planted)
 
     def attempt(
         self,
         faults: str = "",
         codes: tuple[int, ...] = (1,),
         meanwhile: Callable[[Started], None] = lambda process: None,
-        more: tuple[str, ...] = (),
     ) -> Attempt:
         """Start the command, wait for its end, and hold all that it leaves against the reference.
 
@@ -152,12 +152,11 @@ class Run:
             faults: To plant.
             codes: It must end with one of these.
             meanwhile: Called once it is started.
-            more: Arguments.
         """
         expected = self.newest()
         resumes = len(self.directory.read_events("resume"))
         began = time.time()
-        process = self.start(faults, *more)
+        process = self.start(faults)
         try:
             meanwhile(process)
             finished = finish(process, HANG_SECONDS)
@@ -168,8 +167,9 @@ class Run:
         assert finished.code in codes, f"exit code {finished.code}, not one of {codes}: {story}"
         resumed = [event["step"] for event in self.directory.read_events("resume")[resumes:]]
         assert not resumed or resumed == [expected], f"resumed at {resumed}: {story}"
+        new = [row for row in self._timed_rows() if row[1] >= began]
+        assert resumed or not (expected and new), f"it began anew: {story}"
         self.judge(story)
-        new = [row for row in self._timed_rows() if row[0] > expected and row[1] >= began]
         attempt = Attempt(
             finished,
             resumed=expected,
@@ -206,7 +206,6 @@ class Run:
         codes: tuple[int, ...] = (1,),
         meanwhile: Callable[[Started], None] = lambda process: None,
         lost_steps: int | None = None,
-        more: tuple[str, ...] = (),
     ) -> Attempt:
         """Let a fault end an attempt, and record it: at most so many steps may have to be done again.
 
@@ -216,9 +215,8 @@ class Run:
             codes: See `attempt`.
             meanwhile: See `attempt`.
             lost_steps: None takes what the interval allows.
-            more: See `attempt`.
         """
-        attempt = self.attempt(faults, codes, meanwhile, more)
+        attempt = self.attempt(faults, codes, meanwhile)
         lost = attempt.reached - attempt.newest
         most = self.interval * self.lost_intervals if lost_steps is None else lost_steps
         assert lost <= most, f"{name}: {lost} steps lost, {faults}\n{attempt.finished.text}"
