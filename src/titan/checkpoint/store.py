@@ -164,6 +164,8 @@ class CheckpointStore:
 
     def _start(self, final: Path) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for failed in self.folder.glob(".step_*.tmp"):  # what could not be removed when it failed
+            shutil.rmtree(failed, ignore_errors=True)
         needed = self._size_of_newest()
         free = shutil.disk_usage(self.folder).free
         if free < needed:
