@@ -88,7 +88,7 @@ class Run:
     lost_intervals: int = 1
     before_spike: Reference | None = None
     _judged: set[tuple[int, str]] = field(default_factory=set)
-    _recovering: Record | None = None
+    _recovering: list[Record] = field(default_factory=list)
 
     @property
     def directory(self) -> RunDirectory:
@@ -177,9 +177,10 @@ class Run:
             newest=self.newest(),
             first_step_seconds=new[0][1] - began if new else None,
         )
-        if self._recovering is not None and attempt.first_step_seconds is not None:
-            self._recovering.recovery_seconds = attempt.first_step_seconds
-            self._recovering = None
+        if attempt.first_step_seconds is not None:
+            for record in self._recovering:
+                record.recovery_seconds = attempt.first_step_seconds
+            self._recovering.clear()
         return attempt
 
     def judge(self, story: str) -> None:
@@ -220,7 +221,7 @@ class Run:
         lost = attempt.reached - attempt.newest
         most = self.interval * self.lost_intervals if lost_steps is None else lost_steps
         assert lost <= most, f"{name}: {lost} steps lost, {faults}\n{attempt.finished.text}"
-        self._recovering = self.report.add(name, attempt.finished.code, lost, faults)
+        self._recovering.append(self.report.add(name, attempt.finished.code, lost, faults))
         return attempt
 
     def damage_newest(self, name: str, damage: Callable[[Path, Random], object]) -> None:
@@ -228,7 +229,7 @@ class Run:
         *_, before, newest = self.whole_steps()
         damage(step_folder(self.checkpoints, newest), self.draw)
         assert self.newest() == before, f"{name}: step {newest} is still whole"
-        self._recovering = self.report.add(name, None, newest - before, f"step {newest}")
+        self._recovering.append(self.report.add(name, None, newest - before, f"step {newest}"))
 
     def complete(self, faults: str = "") -> None:
         """Let the run come to its end without another fault that would end it: it must be the reference, whole."""
