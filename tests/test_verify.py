@@ -145,3 +145,78 @@ def test_too_many_processes_are_refused() -> None:
     with pytest.raises(ConfigError, match="512 ranks are 512 processes"):
         layout("experiment=llama3_405b_512gpu")
     assert shrink_config(compose(["experiment=llama3_405b_512gpu"])).model.n_layers > 8
+
+
+def resume(titan_process: Command, text_file: Path, *arguments: str, **variables: str):
+    """Run the command on some text."""
+    return titan_process("resume", *TINY, f"data.path={text_file}", *arguments, module="titan.verify", **variables)
+
+
+def findings(here: Path) -> dict[str, str]:
+    """Return what the proof says of each thing that was compared."""
+    proof = json.loads((here / "resume_proof.json").read_text())
+    return {finding["what"]: finding["detail"] if finding["is_same"] else "different" for finding in proof["findings"]}
+
+
+def test_an_interrupted_run_is_the_undisturbed_one(titan_process: Command, text_file: Path, here: Path) -> None:
+    """Exit code 0, a verdict, and a proof in which everything is the same bit for bit."""
+    finished = resume(titan_process, text_file, "checkpoint=async_pinned")
+    assert finished.code == 0, finished.text
+    assert "verdict: the same" in finished.out
+    found = findings(here)
+    assert list(found) == [
+        *("state after step 3, saved and loaded", "rows of every step", "loss of every step"),
+        *("gradient norm of every step", "weights and optimizer after step 6"),
+    ]
+    assert [found[what] for what in list(found)[2:]] == 3 * ["bit for bit"]
+    proof = json.loads((here / "resume_proof.json").read_text())
+    assert (proof["verdict"], proof["stopped_after"], len(proof["losses"])) == ("the same", 3, 6)
+    assert [path.name for path in here.iterdir()] == ["resume_proof.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "onto"),
+    [
+        ("cluster.devices_per_node=2", "cluster.devices_per_node=4 parallelism=fsdp_tp parallelism.tp=2"),
+        (
+            "cluster.devices_per_node=4 parallelism=fsdp_tp parallelism.tp=2",
+            "cluster.devices_per_node=1 parallelism.tp=1",
+        ),
+        ("cluster.devices_per_node=2 parallelism.pp=2", "parallelism.pp=1 parallelism.cp=2"),
+        (
+            "cluster.devices_per_node=4 parallelism=hsdp parallelism.dp_replicate=2",
+            "cluster.devices_per_node=3 parallelism.dp_replicate=1 training.global_batch_size=12",
+        ),
+    ],
+)
+def test_a_run_goes_on_on_another_layout(
+    titan_process: Command, text_file: Path, here: Path, first: str, onto: str
+) -> None:
+    """Between any two layouts: the state loaded is the one saved, the rows are the same, losses to rounding."""
+    rows = [] if "global_batch_size" not in onto else ["training.global_batch_size=12", "training.local_batch_size=1"]
+    finished = resume(titan_process, text_file, *first.split(), *rows, "--onto", onto, timeout_seconds=240)
+    assert finished.code == 0, finished.text
+    found = findings(here)
+    assert "different" not in found.values()
+    assert "digest" in found["state after step 3, saved and loaded"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_that_differs_is_found(titan_process: Command, text_file: Path, here: Path) -> None:
+    """Gradients one hundredth too large, in a step of the undisturbed run only: exit code 1, and what differs."""
+    finished = resume(titan_process, text_file, PYTHONPATH=str(FAULT), PLANTED_FAULT="scale:0:call:4")
+    assert finished.code == 1, finished.text
+    assert "verdict: different" in finished.out
+    found = findings(here)
+    assert found["rows of every step"] == "6 digests"
+    assert found["gradient norm of every step"] == "different"
+    assert found["weights and optimizer after step 6"] == "different"
+
+
+def test_a_run_is_interrupted_within(titan_process: Command, text_file: Path, here: Path) -> None:
+    """Not before its first step or after its last; nothing is started."""
+    finished = resume(titan_process, text_file, "--stop-after", "6")
+    assert finished.code == 2
+    assert "--stop-after 6 is not between 0 and --steps 6" in finished.err
+    assert list(here.iterdir()) == []

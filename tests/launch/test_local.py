@@ -163,7 +163,6 @@ def test_a_failing_rank_ends_the_run(
         assert "RuntimeError: a planted error" in log
         assert "Traceback" in log
     if fault.startswith("nan"):
-        assert "planted nan: 0 weights moved" in log
         assert "Traceback" not in finished.text
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from tests.support.command import json_lines, results
 from titan.checkpoint.canonical import state_digests
@@ -38,14 +39,20 @@ def state_of(trainer: Trainer) -> dict[str, str]:
 
 def test_without_an_option_the_run_stops_and_no_weight_has_moved(runs: Runs) -> None:
     """Exit code 71 with the step; what was saved before is there."""
-    trainer = runs.build(runs.config("run"))
+    trainer = runs.build(runs.config("run", "checkpoint.interval=3"))
     nan_at(4)(trainer)
     with pytest.raises(NonFiniteError, match="step 4: the loss is nan; no weight was moved") as caught:
         runs.fit(trainer)
     assert caught.value.exit_code == 71
     assert trainer.directory.read_ledger() == []
     assert [event["action"] for event in trainer.directory.read_events("spike")] == ["stop"]
-    assert runs.build(runs.config("run")).state.step == 2
+    # the weights, and the optimizer's state, are those that were saved right before
+    again = runs.build(runs.config("run", "checkpoint.interval=3"))
+    assert again.state.step == trainer.state.step == 3
+    for (name, now), (_, before) in zip(trainer.parameters, again.parameters, strict=True):
+        assert torch.equal(now, before), name
+        for key, value in trainer.optimizer.state[now].items():
+            assert torch.equal(value, again.optimizer.state[before][key]), (name, key)
 
 
 def test_a_batch_that_is_skipped_leaves_no_trace_in_the_weights(runs: Runs) -> None:
