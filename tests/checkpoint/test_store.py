@@ -386,6 +386,21 @@ def test_a_save_that_fails_says_why_and_leaves_nothing(
     assert save(store, 2, run).name == "step_00000002"
 
 
+def test_what_a_failed_save_could_not_remove_goes_with_the_next(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that becomes read-only in the midst of a save keeps what is half written only until the next try."""
+    run = Run(0)
+    with monkeypatch.context() as patch:
+        fail_writing(patch, errno.EROFS, 1000)
+        patch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
+        store.save(Manifest(1, 0, "all", RUN, {}), run.state(), "", in_background=False)
+        assert isinstance(store.result(), StorageError)
+    assert len(list(store.folder.glob(".step_00000001.*.tmp"))) == 1
+    save(store, 2, run)
+    assert [path.name for path in store.folder.iterdir()] == ["step_00000002"]
+
+
 def test_a_disk_that_is_nearly_full_is_not_filled(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """What would not fit is not begun: the logs need the space."""
     run = Run(0)

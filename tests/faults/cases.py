@@ -61,7 +61,7 @@ def _filled(plant: str, rank: int | None = None, slow: float = 0.0) -> Callable[
 
     def fill(moment: Moment) -> str:
         values = {"rank": moment.rank if rank is None else rank, "save": moment.save, "byte": moment.byte}
-        text = plant.format(**values, soon=moment.soon, sync=2 * moment.save)
+        text = plant.format(**values, next=moment.step + 1, soon=moment.soon, sync=2 * moment.save)
         return text + f";slow:{values['rank']}:write:{slow}" * bool(slow)
 
     return fill
@@ -73,6 +73,7 @@ STEP = [
     Case("SIGKILL of the launcher", _filled("kill_launcher:{rank}:step:{soon}"), (-9,)),
 ]
 SAVE = [
+    Case("SIGKILL of a rank as a save begins, sync", _filled("kill:{rank}:save:{save}")),
     *_ranks("SIGKILL of rank {rank} at a byte of its shard, sync", "kill:{rank}:byte:{byte}"),
     Case("SIGKILL between manifest and rename, sync", _filled("kill:0:manifest:{save}")),
     Case("SIGKILL between rename and the sync of the folder, sync", _filled("kill:0:sync:{sync}")),
@@ -97,6 +98,7 @@ BACKGROUND = {
         Case("SIGKILL between commit and removal of old ones, async_pinned", _filled("kill:0:committed:{save}")),
     ],
 }
+# Here belongs a kill in a validation, and below a stop in one, once titan has validations.
 STOP = [
     Case("SIGTERM to the launcher in a step", _filled("term_launcher:{rank}:step:{soon}"), STOPPED),
     Case("SIGUSR2 to the launcher in a step", _filled("usr2_launcher:{rank}:step:{soon}"), STOPPED),
@@ -105,8 +107,8 @@ STOP = [
     Case("SIGUSR2 to one rank in a step", _filled("usr2:{rank}:step:{soon}"), STOPPED),
     Case("SIGUSR2 to one rank in a save", _filled("usr2:{rank}:byte:{byte}"), STOPPED),
     Case(
-        "SIGTERM to the launcher, twice",
-        _filled("term_launcher:0:step:{soon};term_launcher:1:byte:{byte}"),
+        "SIGTERM to the launcher, and another in the save that follows",
+        _filled("term_launcher:0:step:{next};term_launcher:1:save:1"),
         STOPPED,
     ),
     Case("SIGTERM to one rank alone", _filled("term:{rank}:step:{soon}"), CRASH),

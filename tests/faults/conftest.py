@@ -28,15 +28,20 @@ MakeReference = Callable[..., Reference]
 MakeRun = Callable[..., Run]
 
 
-def pytest_report_header() -> str:
-    """Say what the moments were drawn from."""
-    return f"faults: FAULT_SEED={SEED}"
+_REPORT = pytest.StashKey[Report]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was injected, and what the moments were drawn from."""
+    if (report := config.stash.get(_REPORT, None)) is not None:
+        terminalreporter.write_line(f"{len(report.records)} faults injected, FAULT_SEED={SEED}")
 
 
 @pytest.fixture(scope="session")
 def report(request: pytest.FixtureRequest) -> Iterator[Report]:
     """Return what all tests add to; it is written down at the end, where FAULT_RECORDS says so."""
     report, began = Report(SEED), time.monotonic()
+    request.config.stash[_REPORT] = report
     yield report
     if path := os.environ.get("FAULT_RECORDS"):
         report.write(Path(path), request.session.testsfailed, time.monotonic() - began)

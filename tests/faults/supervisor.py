@@ -72,8 +72,10 @@ class Run:
         reference: What the run has to be.
         draw: For every choice.
         report: Takes what is found.
+        interval: Steps between two checkpoints.
         lost_intervals: How many intervals of steps a crash may cost: one, and a second where a save goes on while
             the next steps are done.
+        before_spike: The run without the spike that the reference goes back at: what is written before it.
     """
 
     folder: Path
@@ -85,9 +87,8 @@ class Run:
     interval: int
     lost_intervals: int = 1
     before_spike: Reference | None = None
-    """The run without the spike: what is written before a spike that makes the run go back."""
     _judged: set[tuple[int, str]] = field(default_factory=set)
-    _recovering: Record | None = None
+    _recovering: list[Record] = field(default_factory=list)
 
     @property
     def directory(self) -> RunDirectory:
@@ -133,18 +134,17 @@ class Run:
 
     # -- an attempt --------------------------------------------------------------------------------------------------
 
-    def start(self, faults: str = "", *more: str) -> Started:
+    def start(self, faults: str = "") -> Started:
         """Start the command with faults planted, without waiting."""
         self.report.count("starts")
         planted = {"PYTHONPATH": str(FAULT), "PLANTED_FAULT": faults} if faults else {}
-        return start(["-m", "titan.train", *self.arguments, *more], self.folder, self.environment | planted)
+        return start(["-m", "titan.train", *self.arguments], self.folder, self.environment | planted)
 
     def attempt(
         self,
         faults: str = "",
         codes: tuple[int, ...] = (1,),
         meanwhile: Callable[[Started], None] = lambda process: None,
-        more: tuple[str, ...] = (),
     ) -> Attempt:
         """Start the command, wait for its end, and hold all that it leaves against the reference.
 
@@ -152,12 +152,11 @@ class Run:
             faults: To plant.
             codes: It must end with one of these.
             meanwhile: Called once it is started.
-            more: Arguments.
         """
         expected = self.newest()
         resumes = len(self.directory.read_events("resume"))
         began = time.time()
-        process = self.start(faults, *more)
+        process = self.start(faults)
         try:
             meanwhile(process)
             finished = finish(process, HANG_SECONDS)
@@ -168,8 +167,9 @@ class Run:
         assert finished.code in codes, f"exit code {finished.code}, not one of {codes}: {story}"
         resumed = [event["step"] for event in self.directory.read_events("resume")[resumes:]]
         assert not resumed or resumed == [expected], f"resumed at {resumed}: {story}"
+        new = [row for row in self._timed_rows() if row[1] >= began]
+        assert resumed or not (expected and new), f"it began anew: {story}"
         self.judge(story)
-        new = [row for row in self._timed_rows() if row[0] > expected and row[1] >= began]
         attempt = Attempt(
             finished,
             resumed=expected,
@@ -177,9 +177,10 @@ class Run:
             newest=self.newest(),
             first_step_seconds=new[0][1] - began if new else None,
         )
-        if self._recovering is not None and attempt.first_step_seconds is not None:
-            self._recovering.recovery_seconds = attempt.first_step_seconds
-            self._recovering = None
+        if attempt.first_step_seconds is not None:
+            for record in self._recovering:
+                record.recovery_seconds = attempt.first_step_seconds
+            self._recovering.clear()
         return attempt
 
     def judge(self, story: str) -> None:
@@ -206,7 +207,6 @@ class Run:
         codes: tuple[int, ...] = (1,),
         meanwhile: Callable[[Started], None] = lambda process: None,
         lost_steps: int | None = None,
-        more: tuple[str, ...] = (),
     ) -> Attempt:
         """Let a fault end an attempt, and record it: at most so many steps may have to be done again.
 
@@ -216,13 +216,12 @@ class Run:
             codes: See `attempt`.
             meanwhile: See `attempt`.
             lost_steps: None takes what the interval allows.
-            more: See `attempt`.
         """
-        attempt = self.attempt(faults, codes, meanwhile, more)
+        attempt = self.attempt(faults, codes, meanwhile)
         lost = attempt.reached - attempt.newest
         most = self.interval * self.lost_intervals if lost_steps is None else lost_steps
         assert lost <= most, f"{name}: {lost} steps lost, {faults}\n{attempt.finished.text}"
-        self._recovering = self.report.add(name, attempt.finished.code, lost, faults)
+        self._recovering.append(self.report.add(name, attempt.finished.code, lost, faults))
         return attempt
 
     def damage_newest(self, name: str, damage: Callable[[Path, Random], object]) -> None:
@@ -230,7 +229,7 @@ class Run:
         *_, before, newest = self.whole_steps()
         damage(step_folder(self.checkpoints, newest), self.draw)
         assert self.newest() == before, f"{name}: step {newest} is still whole"
-        self._recovering = self.report.add(name, None, newest - before, f"step {newest}")
+        self._recovering.append(self.report.add(name, None, newest - before, f"step {newest}"))
 
     def complete(self, faults: str = "") -> None:
         """Let the run come to its end without another fault that would end it: it must be the reference, whole."""

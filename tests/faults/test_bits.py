@@ -19,7 +19,7 @@ from titan.config.schema import CheckpointConfig, CheckpointMode
 from titan.errors import CheckpointError
 from titan.run_directory import RunDirectory
 
-FLIPS = 2000 * int(os.environ.get("FAULT_ROUNDS", "1"))
+FLIPS = 10_000 * int(os.environ.get("FAULT_ROUNDS", "1"))
 
 
 @pytest.fixture

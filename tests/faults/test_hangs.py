@@ -38,7 +38,7 @@ def test_two_at_once(make_run: MakeRun, undisturbed: MakeReference) -> None:
     A third, while it trains, is refused too, before it starts a rank.
     """
     run = make_run(undisturbed(SHORT), "checkpoint=async")
-    both = [run.start("slow:0:0.1") for _ in range(2)]
+    both = [run.start("slow:0:0.4") for _ in range(2)]
     try:
         wait_until(lambda: run.last_row() > INTERVAL, "some steps", HANG_SECONDS)
         third = finish(run.start())
@@ -49,6 +49,7 @@ def test_two_at_once(make_run: MakeRun, undisturbed: MakeReference) -> None:
     finally:
         for process in both:
             kill_all(process)
+            process.communicate()
     assert sorted(each.code for each in ended) == [0, 2], [each.text for each in ended]
     assert "is in use by" in max(ended, key=lambda each: each.code).err
     for when in ("at once", "while it trains"):

@@ -48,10 +48,11 @@ def shuffled(draw: Random, first: Case, *others: Case) -> list[Case]:
 def test_a_run_survives(make_run: MakeRun, undisturbed: MakeReference) -> None:
     """A kill in a save, one between rename and clean-up, and a damaged checkpoint: the same run, to the bit."""
     run = make_run(undisturbed(SHORT), "checkpoint=async", lost_intervals=2)
-    strike(run, cases.BACKGROUND["async"][3])
+    *_, in_a_shard, _, after_the_rename = cases.BACKGROUND["async"]
+    strike(run, after_the_rename)
     name = "a bit is flipped in any file"
-    if len(run.whole_steps()) > 1:
-        run.damage_newest(name, DAMAGES[name])
+    run.damage_newest(name, DAMAGES[name])
+    strike(run, in_a_shard)
     run.complete()
 
 

@@ -52,7 +52,7 @@ def test_a_broken_line(make_run: MakeRun, undisturbed: MakeReference, tmp_path: 
     data.write_text(f"{document}\n{document[: len(document) // 2]}\n")
     run = make_run(undisturbed(SHORT), "checkpoint=sync", data=data)
     broken = run.survive("a line of the data is broken", "", (65,)).finished
-    assert f"{data}:2" in broken.err
+    assert f"{data}, line 2: broken JSON" in broken.err
     assert run.rows() == []
     data.write_text(f"{document}\n")
     run.complete()

@@ -171,6 +171,8 @@ class CheckpointStore:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             sync_folder(self.folder.parent)
+        for failed in self.folder.glob(".step_*.tmp"):  # what could not be removed when it failed
+            shutil.rmtree(failed, ignore_errors=True)
         needed = self._size_of_newest(content)
         free = shutil.disk_usage(self.folder).free
         if free < needed:

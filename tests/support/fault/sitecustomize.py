@@ -10,7 +10,6 @@ planted when, and only where, the module that has its place is imported.
 """
 
 import ctypes
-import errno
 import functools
 import importlib.util
 import multiprocessing
@@ -23,7 +22,6 @@ from collections import namedtuple
 _BEFORE = {
     "call": ("titan.trainer.loop", "run_step"),
     "step": ("titan.trainer.loop", "run_step"),
-    "update": ("titan.trainer.step", "clip_gradients"),
     "save": ("titan.checkpoint.store", "CheckpointStore._write"),
     "copy": ("titan.checkpoint.staging", "Copies.copy"),
     "write": ("titan.checkpoint.files", "_ChecksummingStream.write"),
@@ -99,6 +97,8 @@ def _wrap(function, fault):
 
     def faulty(*given, **named):
         nonlocal count
+        if fault.place == "removing" and ".step_" not in str(given[0]):  # everybody's function
+            return function(*given, **named)
         count += 1
         now = given[0].state.step + 1 if fault.place in ("step", "moved") else count
         if now != int(fault.number) or (fault.place == "row" and multiprocessing.parent_process() is None):
@@ -135,8 +135,6 @@ def _strike(action):
     name, _, whom = action.partition("_")
     if action == "error":
         raise RuntimeError("a planted error")
-    if action == "full":
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if action == "sleep":
         time.sleep(600)
     elif action == "lock":  # hangs in native code that keeps Python's lock
