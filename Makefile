@@ -10,9 +10,9 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)
 	$(BIN)/python -m titan.train
 
-# Files side by side, on two cores as on more: most tests wait for processes that they have started.
+# Two at a time, on two cores as on more: most tests wait for processes that they have started.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow

@@ -12,20 +12,12 @@ import xxhash
 from tests.support.command import results
 from titan.checkpoint.files import read_metadata, read_tensors, tensor_infos
 from titan.checkpoint.manifest import Manifest, committed_steps, step_folder
-from titan.checkpoint.state import MODEL, OPTIMIZER
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
-    """Return a checksum of every tensor of weights and optimizer that a checkpoint holds, whole.
-
-    Not of the generators, which a rank takes as it finds them: nothing that titan has draws from them in training.
-    """
+    """Return a checksum of everything that a checkpoint holds, whole: weights, optimizer, every rank's generators."""
     infos = tensor_infos(read_metadata(checkpoint))
-    tensors = {
-        name: torch.empty(info.shape, dtype=info.dtype)
-        for name, info in infos.items()
-        if name.startswith((MODEL, OPTIMIZER))
-    }
+    tensors = {name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos.items()}
     read_tensors(tensors, checkpoint)
     return {name: xxhash.xxh3_128_hexdigest(tensor.numpy().tobytes()) for name, tensor in tensors.items()}
 
