@@ -27,7 +27,7 @@ def main() -> int:
 
 
 def _results() -> Iterator[dict[str, Any]]:
-    for name in ("cpu_tokens_per_second", "startup", "submission", "memory_flatness", "axis_cost"):
+    for name in ("cpu_tokens_per_second", "startup", "submission", "memory_flatness", "axis_cost", "checkpoints"):
         path = RESULTS / f"{name}.json"
         if path.exists():
             yield {"name": name, "result": json.loads(path.read_text())}
@@ -52,6 +52,13 @@ def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, str, st
     elif name == "submission":
         for case, seconds in result["seconds"].items():
             yield _row(f"submission to SLURM: {case}", seconds, ".2f", "s")
+    elif name == "checkpoints":
+        for side, seconds in result["seconds"].items():
+            what = "" if side.startswith(("load", "plain")) else "training waits for a save, "
+            yield _row(f"{result['gib']:.1f} GiB of state, 4 processes: {what}{side}", seconds, ".2f", "s")
+        for side, ratio in result["times_plain"].items():
+            yield _row(f"the same: {side}, times plain", ratio, ".2f", "of turns")
+        yield _row("the same: checksums, share of a synchronous save", result["checksum_share"], ".3f", "")
     elif name == "axis_cost":
         for found in result["cases"]:
             yield _row(f"{found['case']}: a step", found["seconds_a_step"], ".2f", "s")
