@@ -1,9 +1,9 @@
 """Saving and loading: how long training waits, in every mode, beside PyTorch's own `save`, in the same processes.
 
 Four processes hold a model with AdamW of some GiB, sharded by FSDP, and take their steps. In every turn the state is
-saved by plain `torch.distributed.checkpoint.save` and by titan in each mode, each to a new folder of the same disk; then it
-is loaded by both. The order of the sides changes from turn to turn, because a disk is never as fast twice. What is
-compared is taken within a turn; the time of the checksums is taken inside of the synchronous save.
+saved by plain `torch.distributed.checkpoint.save` and by titan in each mode, each to a new folder of the same disk;
+then it is loaded by both. The order of the sides changes from turn to turn, because a disk is never as fast twice. What
+is compared is taken within a turn; the time of the checksums is taken inside of the synchronous save.
 """
 
 from __future__ import annotations
@@ -147,6 +147,8 @@ def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
                 break
         saver.settle()
         saver.close()
+        if saver.failures:
+            raise SystemExit("a save has failed, so there is nothing to compare")
         waited = torch.tensor(meter.checkpoint_seconds)
         dist.all_reduce(waited, op=dist.ReduceOp.MAX)
         return waited.item()
@@ -171,12 +173,8 @@ def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
         "async": lambda: by_titan("async"),
         "async_pinned": lambda: by_titan("async_pinned"),
     }
-    found: dict[str, Any] = {side: [] for side in SIDES} | {
-        "load, plain": [],
-        "load, verified": [],
-        "step": [],
-        "checksum share": [],
-    }
+    others = ("load, plain", "load, verified", "step", "checksum share")
+    found: dict[str, Any] = {side: [] for side in (*SIDES, *others)}
     for _ in range(2):
         found["step"].append(together(lambda: run_step(trainer, next(batches))))
     found["gib"] = sum(t.numel() * t.element_size() for t in state().values()) / 2**30
@@ -216,13 +214,16 @@ def _any_rank(value: int) -> bool:
     return bool(values.item())
 
 
+_XXH3 = xxhash.xxh3_128
+
+
 class _Timed:
     """A checksum that knows how long it took, of all that there were."""
 
     seconds = 0.0
 
     def __init__(self) -> None:
-        self.digest = xxhash.xxh3_128()
+        self.digest = _XXH3()
 
     def update(self, data: Any) -> None:
         """Take data in."""
