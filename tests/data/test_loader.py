@@ -29,7 +29,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedRows:
     (folder / "a.txt").write_text(text)
     config = DataConfig(kind=DataKind.text, path=str(folder / "a.txt"), cache_dir=str(folder / "cache"))
     tokenizer = build_tokenizer(TokenizerConfig(kind=TokenizerKind.bytes))
-    return PackedRows(pack_tokens(config, tokenizer, True, 1), SEQ_LEN, tokenizer.eos)
+    return PackedRows(pack_tokens(config, config.cache_dir, tokenizer, True, 1), SEQ_LEN, tokenizer.eos)
 
 
 def order_of(rows: PackedRows, global_batch: int = GLOBAL_BATCH) -> RowOrder:

@@ -34,7 +34,7 @@ def config(tmp_path: Path) -> DataConfig:
 
 def pack(config: DataConfig, is_writer: bool = True, timeout_seconds: float = 0.3) -> PackedTokens:
     """Pack with the tokenizer of bytes."""
-    return pack_tokens(config, TOKENIZER, is_writer, timeout_seconds)
+    return pack_tokens(config, config.cache_dir, TOKENIZER, is_writer, timeout_seconds)
 
 
 def files_below(folder: str | None) -> list[str]:
@@ -148,7 +148,7 @@ def test_another_process_gets_what_the_writer_writes(config: DataConfig) -> None
         "tokenizer = build_tokenizer(TokenizerConfig(kind=TokenizerKind.bytes))\n"
         "config = DataConfig(kind=DataKind.jsonl, path=sys.argv[1], cache_dir=sys.argv[2])\n"
         "print('waiting', flush=True)\n"
-        "print(json.dumps(pack_tokens(config, tokenizer, False, 60).open()[:].tolist()))\n"
+        "print(json.dumps(pack_tokens(config, config.cache_dir, tokenizer, False, 60).open()[:].tolist()))\n"
     )
     arguments = [sys.executable, "-c", program, str(config.path), str(config.cache_dir)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:

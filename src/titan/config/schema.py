@@ -43,6 +43,25 @@ class DataKind(Enum):
     python_stdlib = "python_stdlib"
     jsonl = "jsonl"
     text = "text"
+    parquet = "parquet"
+    arrow = "arrow"
+    huggingface = "huggingface"
+    mixture = "mixture"
+    prepared = "prepared"
+
+
+class RecordFormat(Enum):
+    """What a record holds: a text, or a conversation of which only the assistant's part is learned."""
+
+    text = "text"
+    chat = "chat"
+
+
+class Packing(Enum):
+    """How documents become rows of equal length."""
+
+    concat = "concat"
+    best_fit = "best_fit"
 
 
 class BadDocuments(Enum):
@@ -57,6 +76,9 @@ class TokenizerKind(Enum):
 
     bytes = "bytes"
     tiktoken = "tiktoken"
+    llama3 = "llama3"
+    sentencepiece = "sentencepiece"
+    huggingface = "huggingface"
 
 
 class DecayType(Enum):
@@ -319,23 +341,75 @@ class ClusterConfig:
 
 
 @dataclass
-class DataConfig:
-    """The text to train on."""
+class SourceConfig:
+    """Documents: where they are and how a record of them is read."""
 
     kind: DataKind = MISSING
     """Where documents come from."""
     path: str | None = None
     """A file, a folder or a glob (** crosses folders); .gz and .zst are read as they are."""
+    dataset: str | None = None
+    """With data=huggingface: the dataset's name on the hub, or a folder that was saved from there."""
+    subset: str | None = None
+    """With data=huggingface: the dataset's configuration, such as en; null is its default."""
+    revision: str | None = None
+    """With data=huggingface: a commit, branch or tag of the dataset."""
+    split: str = "train"
+    """With data=huggingface: the split to read."""
+    format: RecordFormat = RecordFormat.text
+    """text learns all of a document; chat reads a conversation and learns only what the assistant says."""
     text_field: str = "text"
-    """The key of a jsonl line that holds the document."""
+    """The key of a record that holds the document."""
+    messages_field: str = "messages"
+    """With data.format=chat: the key of a record that holds the list of messages, each with a role and content."""
     bad_documents: BadDocuments = BadDocuments.error
     """What to do with one that cannot be read: stop with file and line, or skip, count and report it."""
+
+
+@dataclass
+class ComponentConfig(SourceConfig):
+    """A part of a mixture."""
+
+    weight: float = 1.0
+    """Its share of the rows, beside the other components' weights."""
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """The text to train on."""
+
+    components: dict[str, ComponentConfig] = field(default_factory=dict)
+    """With data=mixture: what it is mixed of, by name."""
+    streaming: bool = False
+    """Tokenise while training, instead of once before it."""
+    streams: int = 64
+    """With data.streaming: into how many streams the documents are shared out, at most; ranks share out the streams."""
+    shuffle_window: int = 1000
+    """With data.streaming: documents of a stream that are shuffled together; 1 leaves them in order."""
+    packing: Packing = Packing.concat
+    """concat cuts documents where a row ends; best_fit cuts only those longer than a row, and pads."""
     mask_documents: bool = False
     """Keep attention inside documents and count positions from their beginnings; false lets it see all of the row."""
     num_workers: int = 0
     """Processes a rank uses to read ahead; 0 reads in the rank itself."""
+    prefetch: int = 2
+    """With data.num_workers: micro-batches that each worker reads ahead."""
+    prepare_workers: int | None = None
+    """Processes that tokenise before training; null is one for each core."""
     cache_dir: str | None = None
     """Where tokenised text is kept for the next run; null is titan's folder in the user's cache."""
+
+
+@dataclass
+class ValidationConfig:
+    """The loss on text that is not trained on."""
+
+    interval: int = 0
+    """Steps between validations, which also happen after the last step; 0 is never."""
+    rows: int = -1
+    """Rows to look at, from the first on; -1 is all of them, once."""
+    data: SourceConfig = field(default_factory=lambda: SourceConfig(kind=DataKind.python_stdlib))
+    """The held-out text; tokenised, packed and masked as the data to train on."""
 
 
 @dataclass
@@ -343,9 +417,11 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     kind: TokenizerKind = MISSING
-    """bytes needs nothing; tiktoken reads Llama 3's tokenizer.model."""
+    """What reads it: llama3 and bytes need no file."""
     path: str | None = None
     """The tokenizer's file, where it has one."""
+    fingerprint: str | None = None
+    """Of all its tokens; filled in before a run starts, and what a run or a prepared dataset goes on with."""
 
 
 @dataclass
@@ -517,6 +593,8 @@ class TitanConfig:
     """The text."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """How text becomes tokens."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The loss on held-out text."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW."""
     lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)

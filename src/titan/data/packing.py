@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from titan.config.schema import DataConfig
+from titan.config.schema import SourceConfig
 from titan.data.source import Source, open_source
 from titan.data.tokenizer import Tokenizer
 from titan.errors import DataError
@@ -106,11 +106,14 @@ def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
-def pack_tokens(config: DataConfig, tokenizer: Tokenizer, is_writer: bool, timeout_seconds: float) -> PackedTokens:
+def pack_tokens(
+    config: SourceConfig, cache_dir: str, tokenizer: Tokenizer, is_writer: bool, timeout_seconds: float
+) -> PackedTokens:
     """Return the tokenised text, from the cache or made now.
 
     Args:
-        config: The data; its cache_dir must be set.
+        config: The documents.
+        cache_dir: Where tokenised text is kept.
         tokenizer: What to tokenise with.
         is_writer: Whether this process makes the file where it is missing; others wait.
         timeout_seconds: How long the others wait without a sign of life from the writer.
@@ -120,15 +123,14 @@ def pack_tokens(config: DataConfig, tokenizer: Tokenizer, is_writer: bool, timeo
             if the wait is in vain.
     """
     source = open_source(config)
-    assert config.cache_dir is not None, "resolved before the config was frozen"
-    folder = Path(config.cache_dir) / "tokens" / fingerprint(source, tokenizer)
+    folder = Path(cache_dir) / "tokens" / fingerprint(source, tokenizer)
     if not (folder / "index.json").exists():
         if is_writer:
             try:
                 _write(source, tokenizer, folder)
             except OSError as error:
                 raise DataError(
-                    f"data.cache_dir = {config.cache_dir} cannot be written: {error.strerror or error}\n"
+                    f"data.cache_dir = {cache_dir} cannot be written: {error.strerror or error}\n"
                     "  Try  data.cache_dir=/path/with/space"
                 ) from error
         else:

@@ -18,7 +18,7 @@ from typing import BinaryIO, cast
 import zstandard
 
 from titan.config.files import find_files, find_standard_library
-from titan.config.schema import BadDocuments, DataConfig, DataKind
+from titan.config.schema import BadDocuments, DataKind, SourceConfig
 from titan.errors import DataError
 
 
@@ -29,7 +29,7 @@ class Source:
     Iterating reads the files anew; `documents`, `text_bytes` and `skipped` then describe what was read.
     """
 
-    config: DataConfig
+    config: SourceConfig
     files: list[Path]
     documents: int = 0
     text_bytes: int = 0
@@ -102,7 +102,7 @@ class Source:
         self.skipped[reason] += 1
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: SourceConfig) -> Source:
     """Return the documents that a data config stands for.
 
     Raises:

@@ -133,7 +133,8 @@ def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
 def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:
     """Return the tokenised data; before the process group is there, so that no collective waits for it."""
     tokenizer = build_tokenizer(config.tokenizer)
-    return pack_tokens(config.data, tokenizer, is_writer, config.cluster.timeout_seconds)
+    assert config.data.cache_dir is not None, "resolved before the config was frozen"
+    return pack_tokens(config.data, config.data.cache_dir, tokenizer, is_writer, config.cluster.timeout_seconds)
 
 
 def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
