@@ -228,7 +228,10 @@ def _read_batches(frozen: Path, steps: int) -> list[Any]:
 
     config = load_config(frozen)
     tokenizer = build_tokenizer(config.tokenizer)
-    rows = PackedRows(pack_tokens(config.data, config.data.cache_dir, tokenizer, is_writer=True, timeout_seconds=60), SEQ_LEN, tokenizer.eos)
+    cache_dir = config.data.cache_dir or ""
+    rows = PackedRows(
+        pack_tokens(config.data, cache_dir, tokenizer, is_writer=True, timeout_seconds=60), SEQ_LEN, tokenizer.eos
+    )
     order = RowOrder(len(rows), ROWS, config.training.seed)
     batches = [collate([rows[int(row)] for row in order.rows_of_step(step)]) for step in range(steps)]
     return [(batch.tokens, batch.labels) for batch in batches]
