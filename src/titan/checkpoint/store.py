@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from titan.checkpoint.files import TensorInfo, read_metadata, read_tensors, tensor_infos, write_tensors
+from titan.checkpoint.first_rank import on_first_rank
 from titan.checkpoint.manifest import (
     Damaged,
     FileRecord,
@@ -45,7 +46,7 @@ from titan.checkpoint.manifest import (
 from titan.checkpoint.staging import Copies
 from titan.checkpoint.state import MODEL, OPTIMIZER
 from titan.config.schema import CheckpointConfig, CheckpointMode
-from titan.errors import CheckpointError, StorageError, TitanError
+from titan.errors import CheckpointError, StorageError
 from titan.log import logger
 
 CONFIG = "config.yaml"
@@ -207,6 +208,8 @@ class CheckpointStore:
     def _remove_old(self, step: int) -> None:
         """Remove what the settings do not keep, now that `step` is there."""
         settings = self.settings
+        if not settings.keep_latest:
+            return
         resumable = []
         for other in self.steps():
             try:
@@ -214,7 +217,7 @@ class CheckpointStore:
                     resumable.append(other)
             except Damaged:
                 continue  # left for whoever loads it to find
-        for old in resumable[: -settings.keep_latest] if settings.keep_latest else []:
+        for old in resumable[: -settings.keep_latest]:
             is_for_good = old == 0 or (settings.keep_every and old % settings.keep_every == 0)
             if not is_for_good:  # step 0 is there because save_initial asked for it
                 remove(step_folder(self.folder, old))
@@ -354,25 +357,7 @@ class CheckpointStore:
         read_tensors(state, folder, self.group, metadata)
 
     def _agree(self, action: Callable[[], T]) -> T:
-        """Act on rank 0 and return its result on every rank; an error there is an error everywhere.
-
-        Raises:
-            StorageError: For an error of the system.
-            TitanError: As it is.
-        """
-        outcome: list[Any] = [None]
-        if self.is_first:
-            try:
-                outcome[0] = action()
-            except TitanError as error:
-                outcome[0] = error
-            except OSError as error:
-                where = f": {error.filename}" if error.filename else ""
-                outcome[0] = StorageError(f"{error.strerror or error}{where}")
-        dist.broadcast_object_list(outcome, group=self.group)
-        if isinstance(outcome[0], TitanError):
-            raise outcome[0]
-        return cast(T, outcome[0])
+        return on_first_rank(action, self.group)
 
 
 def _device() -> int | None:

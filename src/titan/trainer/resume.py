@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from titan.checkpoint.files import TensorInfo, read_metadata, tensor_infos
+from titan.checkpoint.first_rank import on_first_rank
 from titan.checkpoint.hugging_face import is_hugging_face
 from titan.checkpoint.manifest import NAME, Damaged, Manifest
 from titan.checkpoint.state import (
@@ -51,7 +52,7 @@ def resume(trainer: Trainer) -> None:
     settings, store = trainer.config.checkpoint, trainer.store
     saved = None
     if store is not None:
-        run = _from_first_rank(trainer.directory.read_identity)
+        run = on_first_rank(trainer.directory.read_identity)
         saved = store.find(run)
         _identify(trainer, run, saved)
         if saved is not None:
@@ -59,9 +60,7 @@ def resume(trainer: Trainer) -> None:
             load_checkpoint(trainer, store, saved.path, saved.manifest, CheckpointContent.all)
             trainer.resumed_step = trainer.state.step
             logger.info(f"resumed at step {trainer.state.step}")
-        elif step := _from_first_rank(
-            lambda: max((e["step"] for e in trainer.directory.read_events("save")), default=0)
-        ):
+        elif step := on_first_rank(trainer.directory.last_saved_step):
             raise CheckpointError(
                 f"{trainer.directory.path} had saved step {step}, but {store.folder} holds no checkpoint any more\n"
                 "  Try  run.dir=ANOTHER   to begin anew, or bring the checkpoints back"
@@ -76,7 +75,7 @@ def load_checkpoint(
     folder: Path,
     manifest: Manifest,
     content: CheckpointContent,
-    exclude: list[str] = [],  # noqa: B006 (never changed)
+    exclude: Sequence[str] = (),
 ) -> None:
     """Fill the trainer from a checkpoint that has been verified, on any mesh.
 
@@ -127,7 +126,7 @@ def load_initial(trainer: Trainer, folder: Path) -> None:
     without = f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
     # Words may be others where the tensors that have a row for each are left out.
     excused = ("vocab_size", "tie_embeddings") if any(_fits_any(name, settings.exclude) for name in _OF_WORDS) else ()
-    if _from_first_rank(lambda: is_hugging_face(folder)):
+    if on_first_rank(lambda: is_hugging_face(folder)):
         wanted = [named for named in trainer.parameters if not _fits_any(f"{MODEL}{named[0]}", settings.exclude)]
         differences = load_hugging_face(wanted, folder, model, excused)
         what = "weights"
@@ -156,7 +155,7 @@ def verify_foreign(store: CheckpointStore, folder: Path) -> Manifest:
     Raises:
         CheckpointError: If it is damaged.
     """
-    if not _from_first_rank((folder / NAME).exists):
+    if not on_first_rank((folder / NAME).exists):
         infos = tensor_infos(read_metadata(folder))
         if not any(name.startswith(MODEL) for name in infos):
             raise CheckpointError(f"{folder} has no tensor whose name begins with {MODEL}")
@@ -209,16 +208,10 @@ def _check_continues(trainer: Trainer, saved: Saved) -> None:
 def _identify(trainer: Trainer, run: str, saved: Saved | None) -> None:
     """Give the run an identity, which its checkpoints carry: the one it has, or that of what it goes on from."""
     new = run or (saved.manifest.run if saved is not None else "") or uuid.uuid4().hex
-    trainer.run_identity = _from_first_rank(lambda: new)
+    trainer.run_identity = on_first_rank(lambda: new)
     if not run and dist.get_rank() == 0:
         trainer.directory.write_identity(trainer.run_identity)
 
 
-def _from_first_rank(read: Callable[[], T]) -> T:
-    found: list[Any] = [read() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def _fits_any(name: str, patterns: list[str]) -> bool:
+def _fits_any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)

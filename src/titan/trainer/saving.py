@@ -81,40 +81,43 @@ class Saver:
         if self.store is None:
             return
         if not wishes.is_saving:
-            self._settle(self.store)
+            self.settle()
         step = self.trainer.state.step
         is_in_turn = step % self.settings.interval == 0 and self._retry_at is None  # a retry has a time of its own
         if step < self.trainer.config.training.steps and (wishes.is_due or is_in_turn):
             self._save(self.store)  # the last step has a save of its own
 
-    def save_now(self, tries: int = _LAST_TRIES) -> int | None:
+    def save_now(self) -> int | None:
         """Save and wait for it; returns the step of the newest checkpoint, which is an older one if all tries fail.
 
-        Args:
-            tries: The first included.
+        Raises:
+            StorageError: After `checkpoint.max_failures` in a row.
+        """
+        for rest in reversed(range(_LAST_TRIES)):
+            if self.try_to_save():
+                break
+            if rest:
+                time.sleep(min(1.0, self.settings.retry_seconds))
+        return self.saved_step
+
+    def settle(self) -> None:
+        """Wait for the save in hand, if there is one, and write down what came of it.
 
         Raises:
             StorageError: After `checkpoint.max_failures` in a row.
         """
         if self.store is None:
-            return None
-        self._settle(self.store)
-        for rest in reversed(range(tries)):
-            if self.saved_step == self.trainer.state.step:
-                break
-            self._save(self.store, waits=True)
-            if rest and self.saved_step != self.trainer.state.step:
-                time.sleep(min(1.0, self.settings.retry_seconds))
-        return self.saved_step
-
-    def settle(self) -> None:
-        """Wait for the save in hand, if there is one.
-
-        Raises:
-            StorageError: After `checkpoint.max_failures` in a row.
-        """
-        if self.store is not None:
-            self._settle(self.store)
+            return
+        began = time.perf_counter()
+        outcome = self.store.result()
+        if outcome is None:
+            return
+        self._count(time.perf_counter() - began)
+        waited, self._waited = self._waited, 0.0
+        if isinstance(outcome, Saved):
+            self._succeeded(outcome, waited)
+        else:
+            self._failed(outcome, waited)
 
     def try_to_save(self, content: CheckpointContent = CheckpointContent.all) -> bool:
         """Save the step in hand, if it is not saved, and wait for it; returns whether it is there now.
@@ -127,7 +130,7 @@ class Saver:
         """
         if self.store is None:
             return True
-        self._settle(self.store)
+        self.settle()
         if self.saved_step != self.trainer.state.step:
             self._save(self.store, content, waits=True)
         return self.saved_step == self.trainer.state.step
@@ -145,36 +148,21 @@ class Saver:
             return
         self.store.close()
         try:
-            self._settle(self.store)
+            self.settle()
         except Exception as error:
             logger.warning(f"the last save did not end: {error}")
 
     def _save(
         self, store: CheckpointStore, content: CheckpointContent = CheckpointContent.all, waits: bool = False
     ) -> None:
-        began = time.perf_counter()
-        self._settle(store)
+        self.settle()
+        began = time.perf_counter()  # after what has its own account
         self._last, self._retry_at = time.monotonic(), None
         in_background = not waits and self.settings.mode is not CheckpointMode.sync
         store.save(self._manifest(content), self._state(content), config_text(self.trainer.config), in_background)
+        self._count(time.perf_counter() - began)
         if not in_background:
-            self._count(time.perf_counter() - began)
-            self._settle(store)
-            return
-        self._count(time.perf_counter() - began)
-
-    def _settle(self, store: CheckpointStore) -> None:
-        """Wait for the save in hand and write down what came of it."""
-        began = time.perf_counter()
-        outcome = store.result()
-        if outcome is None:
-            return
-        self._count(time.perf_counter() - began)
-        waited, self._waited = self._waited, 0.0
-        if isinstance(outcome, Saved):
-            self._succeeded(outcome, waited)
-        else:
-            self._failed(outcome, waited)
+            self.settle()
 
     def _succeeded(self, saved: Saved, waited: float) -> None:
         self.failures, self.saved_step = 0, saved.manifest.step

@@ -13,10 +13,9 @@ Source:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
 
+from titan.checkpoint.first_rank import on_first_rank
 from titan.config.schema import CheckpointContent, FaultToleranceConfig, OnSpike
 from titan.errors import NonFiniteError, StorageError
 from titan.log import logger
@@ -35,10 +34,9 @@ class Ledger:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.settings: FaultToleranceConfig = trainer.config.fault_tolerance
-        found: list[Any] = [trainer.directory.read_ledger() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(found)
-        self.spikes = len(found[0])
-        self.steps = {step for row in found[0] for step in range(row["first_step"], row["last_step"] + 1)}
+        rows = on_first_rank(trainer.directory.read_ledger)
+        self.spikes = len(rows)
+        self.steps = {step for row in rows for step in range(row["first_step"], row["last_step"] + 1)}
 
     def answer(self, spike: NonFiniteError, saver: Saver) -> bool:
         """Do what the config says about the step in hand.
@@ -77,15 +75,10 @@ class Ledger:
 
     def _write(self, spike: NonFiniteError, first: int, last: int) -> None:
         row = {"first_step": first, "last_step": last, "loss": str(spike.loss), "grad_norm": str(spike.grad_norm)}
-        failure: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                self.trainer.directory.append_ledger(row)
-            except OSError as error:
-                failure[0] = f"{self.trainer.directory.ledger} cannot be written: {error.strerror}"
-        dist.broadcast_object_list(failure)
-        if failure[0] is not None:  # a run that resumed would not know what was left out
-            raise StorageError(failure[0])
+        try:
+            on_first_rank(lambda: self.trainer.directory.append_ledger(row))
+        except StorageError as error:  # a run that resumed would not know what was left out
+            raise StorageError(f"{self.trainer.directory.ledger} cannot be written: {error}") from None
         if dist.get_rank() != 0:
             return
         self.trainer.directory.append_event("spike", action=self.settings.on_spike.name, step=last, **row)

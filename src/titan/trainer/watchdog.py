@@ -177,8 +177,11 @@ class Watchdog:
             self._say_who_hangs(stage)
         except Exception:  # a full disk, say; this process ends in any case
             traceback.print_exc()
-        for reader in multiprocessing.active_children():
+        readers = multiprocessing.active_children()
+        for reader in readers:
             reader.kill()  # it may hang as well, and would stay
+        for reader in readers:
+            reader.join(_LOOK_SECONDS)  # this rank's end is the run's, after which none of it is there
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(StepHung.exit_code)
