@@ -13,7 +13,6 @@ from titan.config.load import save_config
 from titan.errors import ConfigError
 from titan.launch.dispatch import freeze
 from titan.launch.environment import CONFIG_DIGEST, config_digest
-from titan.launch.lock import RunLock
 from titan.metrics.sinks import JsonLines
 from titan.run_directory import RunDirectory
 from titan.worker import _check_is_launchers
@@ -72,11 +71,10 @@ def test_metrics_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_config_of_a_live_run_is_not_changed(runs: Runs) -> None:
-    """A command that comes while another run starts is refused before it writes; a rank finds a config that changed."""
+    """A rank finds that its config was changed by another command since its launcher had frozen it."""
     config = runs.config("run")
     directory = RunDirectory(Path(config.run.dir))
     freeze(config, directory, [])
-    before = directory.config.read_bytes()
     digest = config_digest(directory.config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CONFIG_DIGEST, digest)
@@ -84,9 +82,6 @@ def test_the_config_of_a_live_run_is_not_changed(runs: Runs) -> None:
         save_config(runs.config("run", "optimizer.lr=0.5"), directory.config)
         with pytest.raises(ConfigError, match="was changed by another command just after this run was started"):
             _check_is_launchers(directory.config)
-    directory.config.write_bytes(before)
-    RunLock(directory).acquire()  # by this process, which may take it again; what others see is in tests/launch
-    assert directory.config.read_bytes() == before
 
 
 @pytest.fixture

@@ -127,21 +127,21 @@ class RunDirectory:
 
     def read_events(self, event: str) -> list[dict[str, Any]]:
         """Return what was appended to events.jsonl under a name, oldest first."""
-        return [each for each in self.read_new_events(0) if each.get("event") == event]
+        return [each for each in self.read_new_events(0)[0] if each.get("event") == event]
 
     def last_saved_step(self) -> int:
         """Return the largest step that was ever saved, or 0."""
         return max((event["step"] for event in self.read_events("save")), default=0)
 
-    def read_new_events(self, offset: int) -> list[dict[str, Any]]:
-        """Return what was appended to events.jsonl after it had so many bytes, oldest first."""
+    def read_new_events(self, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """Return what was appended to events.jsonl after it had so many bytes, oldest first; and where to go on."""
         try:
-            with (self.path / "events.jsonl").open() as file:
+            with (self.path / "events.jsonl").open("rb") as file:
                 file.seek(offset)
-                lines = file.read().splitlines()
+                whole, newline, _ = file.read().rpartition(b"\n")  # a line without end is still being written
         except OSError:
-            return []
-        return read_objects(lines)
+            return [], offset
+        return read_objects(whole.decode(errors="replace").splitlines()), offset + len(whole + newline)
 
     def events_size(self) -> int:
         """Return how many bytes events.jsonl has."""
@@ -209,11 +209,16 @@ def read_objects(lines: Iterable[str]) -> list[dict[str, Any]]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
+    write_synced(temporary, text)  # or the rename may outlive the text, if the power goes
+    os.replace(temporary, path)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file, and return when the disk has it."""
+    with path.open("w") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())  # or the rename may outlive the text, if the power goes
-    os.replace(temporary, path)
+        os.fsync(file.fileno())
 
 
 def short_path(path: Path) -> str:

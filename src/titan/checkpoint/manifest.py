@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from titan.errors import TitanError
+from titan.run_directory import write_synced
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -161,12 +164,9 @@ def is_inside(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Write a file, and return when the disk has it."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def versions() -> dict[str, str]:
+    """Return what a checkpoint or a proof was made with."""
+    return {"titan": version("titan"), "torch": version("torch"), "python": platform.python_version()}
 
 
 def step_folder(folder: Path, step: int) -> Path:

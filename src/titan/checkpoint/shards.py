@@ -18,6 +18,7 @@ from torch import Tensor
 
 from titan.checkpoint.files import TensorInfo
 from titan.checkpoint.hugging_face import INDEX, SINGLE
+from titan.run_directory import write_synced
 
 Infos = Mapping[str, TensorInfo]
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -95,10 +96,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def write_json(path: Path, content: object) -> None:
     """Write an object as JSON, and have the disk keep it."""
-    with path.open("w") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(path, json.dumps(content, indent=2) + "\n")
 
 
 def _write_all(write: Callable[[memoryview], int | None], data: bytes | memoryview) -> None:

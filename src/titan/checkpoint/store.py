@@ -41,13 +41,13 @@ from titan.checkpoint.manifest import (
     rename_aside,
     step_folder,
     sync_folder,
-    write_synced,
 )
 from titan.checkpoint.staging import Copies
 from titan.checkpoint.state import MODEL, OPTIMIZER
 from titan.config.schema import CheckpointConfig, CheckpointMode
 from titan.errors import CheckpointError, StorageError
 from titan.log import logger
+from titan.run_directory import write_synced
 
 CONFIG = "config.yaml"
 DAMAGED, FOREIGN = "damaged", "foreign"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,11 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import titan
 from titan.checkpoint.files import TensorInfo, write_tensors
 from titan.checkpoint.hugging_face import CONFIG, read_json, to_halves
 from titan.checkpoint.hugging_face_config import TOKEN_KEYS, to_hugging_face_config
-from titan.checkpoint.manifest import FileRecord, Manifest, commit, record_of_file, sync_folder
+from titan.checkpoint.manifest import FileRecord, Manifest, commit, record_of_file, sync_folder, versions
 from titan.checkpoint.shards import write_json, write_shards
 from titan.checkpoint.torch_file import TorchFile, config_content, write_torch_file
 from titan.checkpoint.weights import Weights, check_usable, expect_shapes
@@ -31,7 +29,7 @@ from titan.convert.describe import size_text
 from titan.convert.sources import HUGGING_FACE, TITAN, Source, family_of
 from titan.convert.verification import Say, check_hugging_face, check_import, check_same
 from titan.errors import CommandError, StorageError
-from titan.run_directory import short_path, utc_now
+from titan.run_directory import short_path, utc_now, write_synced
 
 TOKENIZER = "tokenizer"
 """The folder of a checkpoint with the files that go with the weights unchanged."""
@@ -80,7 +78,7 @@ def import_weights(source: Source, destination: Path, is_verified: bool, say: Sa
             content=source.content,
             run="",
             files=files,
-            versions={"titan": titan.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            versions=versions(),
             time=utc_now(),
         )
         commit(temporary, destination, manifest)
@@ -228,11 +226,11 @@ def _write_checkpoint(source: Source, config: ModelConfig, folder: Path) -> dict
         return parts[prefix + "."].read(rest)
 
     files = write_tensors(state, folder, resolve=resolve, release=True)
-    (folder / "config.yaml").write_text(model_text(config))
-    names = ["config.yaml", *_keep_tokenizer(source, folder)]
-    for name in names:
+    write_synced(folder / "config.yaml", model_text(config))
+    copied = _keep_tokenizer(source, folder)
+    for name in copied:
         _sync_file(folder / name)
-    return files | {name: record_of_file(folder / name) for name in names}
+    return files | {name: record_of_file(folder / name) for name in ["config.yaml", *copied]}
 
 
 def _keep_tokenizer(source: Source, folder: Path) -> list[str]:

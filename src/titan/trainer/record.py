@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,6 +109,7 @@ def save_copy(trainer: Trainer, folder: Path) -> None:
     state = weights_state(trainer.parameters) | optimizer_state(trainer.parameters, trainer.optimizer)
     store.save(Manifest(trainer.state.step, 0, "all", "", {}), state, "", in_background=False)
     outcome = store.result()
+    store.close()
     if isinstance(outcome, StorageError):
         raise outcome
 
@@ -164,11 +166,17 @@ def compare_records(record: Record, reference: Record) -> Difference:
     ):
         if mine.keys() != theirs.keys():
             raise ValueError(f"{kind} of different parameters: {sorted(mine.keys() ^ theirs.keys())}")
+    for kind, mine, theirs in (
+        ("losses", record.losses, reference.losses),
+        ("gradient norms", record.grad_norms, reference.grad_norms),
+    ):
+        if len(mine) != len(theirs):
+            raise ValueError(f"{len(mine)} {kind} beside {len(theirs)}")
     gradient_of, gradient = _worst(record.gradients, reference.gradients)
     weight_of, weight = _worst(record.weights, reference.weights)
     return Difference(
-        loss=_relative(record.losses, reference.losses),
-        grad_norm=_relative(record.grad_norms, reference.grad_norms),
+        loss=max(map(apart, record.losses, reference.losses)),
+        grad_norm=max(map(apart, record.grad_norms, reference.grad_norms)),
         gradient=gradient,
         gradient_of=gradient_of,
         weight=weight,
@@ -186,17 +194,22 @@ def _gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return merged
 
 
-def _relative(values: list[float], references: list[float]) -> float:
-    return max(abs(v - r) / max(abs(r), 1e-30) for v, r in zip(values, references, strict=True))
+def apart(value: float, reference: float) -> float:
+    """Return the difference over the size of the reference; infinity where one of them is no number."""
+    found = abs(value - reference) / max(abs(reference), 1e-30)
+    return found if found < math.inf else math.inf  # so that the largest of several is never hidden behind a NaN
+
+
+def tensors_apart(mine: Tensor, reference: Tensor) -> float:
+    """Return the norm of the difference over the norm; 0 only for equal tensors, and infinity for no number."""
+    if mine.equal(reference):
+        return 0.0
+    mine, reference = mine.double(), reference.double()
+    found = (mine - reference).norm().item() / (reference.norm().item() or 1.0)
+    return found if 0 < found < math.inf else math.inf
 
 
 def _worst(tensors: dict[str, Tensor], references: dict[str, Tensor]) -> tuple[str, float]:
-    def difference(name: str) -> float:
-        reference = references[name].double()
-        norm = reference.norm().item()
-        distance = (tensors[name].double() - reference).norm().item()
-        return distance / norm if norm else distance
-
-    differences = {name: difference(name) for name in references}
+    differences = {name: tensors_apart(tensors[name], reference) for name, reference in references.items()}
     name = max(differences, key=lambda key: differences[key])
     return name, differences[name]

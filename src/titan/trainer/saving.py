@@ -6,17 +6,14 @@ background save has ended everywhere) goes into the exchange that every step mak
 
 from __future__ import annotations
 
-import platform
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan.checkpoint.manifest import Manifest
+from titan.checkpoint.manifest import Manifest, versions
 from titan.checkpoint.state import optimizer_state, rng_name, rng_state, weights_state
 from titan.checkpoint.store import CheckpointStore, Saved
 from titan.config.load import config_text
@@ -205,7 +202,7 @@ class Saver:
             files={},
             mesh=trainer.mesh.degrees,
             data=describe_data(trainer),
-            versions={"titan": version("titan"), "torch": torch.__version__, "python": platform.python_version()},
+            versions=versions(),
             time=utc_now(),
         )
 

@@ -109,7 +109,7 @@ class Watchdog:
                 logger.warning(f"no watchdog: the file for its stacks cannot be made ({error.strerror})")
                 self.is_on = False
                 return self
-            self._read = self.directory.events_size()
+            self._read, self._events = self.directory.events_size(), []
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -225,9 +225,9 @@ class Watchdog:
 
     def _heard(self, *names: str) -> dict | None:
         """Return the last such event since the watchdog was there."""
-        new = self.directory.read_new_events(self._read)
-        mine = [event for event in new if event.get("event") in names and event.get("attempt") == self.attempt]
-        return mine[-1] if mine else None
+        new, self._read = self.directory.read_new_events(self._read)
+        self._events += [event for event in new if event.get("attempt") == self.attempt]
+        return next((event for event in reversed(self._events) if event.get("event") in names), None)
 
     def _read_stacks(self) -> dict[int, str]:
         stacks = dict.fromkeys(range(self.ranks), "")

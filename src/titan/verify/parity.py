@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from titan import worker
 from titan.config.check import check_config
@@ -73,11 +74,31 @@ def main(arguments: list[str]) -> bool:
     return parity(given.overrides, given.config_dir, given.steps, given.shrink, given.json, given.keep)
 
 
-def rank_main(arguments: list[str]) -> None:
-    """Be a rank of one of the runs, and end."""
-    code = worker.main(arguments, job=_record, on_console=False)
+def rank_main(arguments: list[str], job: worker.Job | None = None) -> NoReturn:
+    """Be a rank of one of the runs, and end.
+
+    Args:
+        arguments: The command line without the program.
+        job: What the rank does; None records.
+    """
+    code = worker.main(arguments, job=job or _record, on_console=False)
     sys.stdout.flush()
     os._exit(code)
+
+
+@contextlib.contextmanager
+def folder_of_runs(keep: str | None, name: str) -> Iterator[Path]:
+    """Give a folder to the runs of a proof: `keep`, or a temporary one that only a run that fails leaves behind."""
+    folder = Path(keep or tempfile.mkdtemp(prefix=f"titan_{name}_")).absolute()
+    is_kept = keep is not None
+    try:
+        yield folder
+    except TitanError as error:
+        is_kept = is_kept or not isinstance(error, ConfigError)
+        raise
+    finally:
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def parity(
@@ -105,9 +126,7 @@ def parity(
         ConfigError: If the config is wrong, or not one for a CPU.
         RanksFailed: If a rank fails; its log is kept.
     """
-    folder = Path(keep or tempfile.mkdtemp(prefix="titan_parity_")).absolute()
-    is_kept = keep is not None
-    try:
+    with folder_of_runs(keep, "parity") as folder:
         layout = build_layout(compose(overrides, config_dir), folder / "layout", shrink)
         reference = build_reference(layout, folder / "one_process")
         steps = min(steps, layout.training.steps)
@@ -125,14 +144,6 @@ def parity(
             for line in format_report(report):
                 say(line)
         return report["verdict"] == "the same"
-    except ConfigError:
-        raise
-    except TitanError:
-        is_kept = True
-        raise
-    finally:
-        if not is_kept:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_layout(
@@ -275,20 +286,22 @@ def is_same(difference: Difference, tolerance: Tolerance) -> bool:
 
 def format_report(report: dict[str, Any]) -> Iterator[str]:
     """Return the report as lines of a table."""
+    from titan.trainer.record import apart
+
     difference, tolerance = report["difference"], report["tolerance"]
     rows: list[tuple[str, str, str, str, str, str]] = [("", "one process", "the layout", "difference", "allowed", "")]
     for row in report["steps"]:
         for title, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
             value, expected = row[key], row[f"reference_{key}"]
-            apart = abs(value - expected) / max(abs(expected), 1e-30)
+            found = apart(value, expected)
             rows.append(
                 (
                     f"step {row['step']}  {title}",
                     f"{expected:.7f}",
                     f"{value:.7f}",
-                    f"{apart:.1e}",
+                    f"{found:.1e}",
                     f"{tolerance[key]:.0e}",
-                    _mark(apart, tolerance[key]),
+                    _mark(found, tolerance[key]),
                 )
             )
     for title, key in (("gradients of step 1", "gradient"), (f"weights after step {len(report['steps'])}", "weight")):

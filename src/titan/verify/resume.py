@@ -5,34 +5,28 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
-import platform
-import shutil
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from titan import worker
-from titan.checkpoint.manifest import step_folder
+from titan.checkpoint.manifest import step_folder, versions
 from titan.config.degrees import describe_degrees, world_size
 from titan.config.load import compose
 from titan.config.schema import CheckpointConfig, CheckpointMode, TitanConfig
-from titan.errors import ConfigError, Problem, Stopped, TitanError
+from titan.errors import ConfigError, Problem, Stopped
 from titan.launch.dispatch import freeze
 from titan.launch.environment import Rank
 from titan.launch.local import launch_local
 from titan.run_directory import RunDirectory, utc_now
+from titan.verify import parity
 from titan.verify.parity import Tolerance, build_layout, describe_run, tolerance_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.distributed import Store
 
     from titan.trainer.build import Trainer
@@ -97,9 +91,7 @@ def prove(
         raise ConfigError(
             [Problem(f"--stop-after {stop_after} is not between 0 and --steps {steps}", suggestion="--steps 6")]
         )
-    folder = Path(keep or tempfile.mkdtemp(prefix="titan_resume_")).absolute()
-    is_kept = keep is not None
-    try:
+    with parity.folder_of_runs(keep, "resume") as folder:
         undisturbed, interrupted, resumed = build_configs(overrides, onto, steps, folder, shrink, config_dir)
         for line in _describe(undisturbed, resumed, stop_after, shrink):
             print(line, flush=True)
@@ -112,14 +104,6 @@ def prove(
             print(line)
         print(f"proof    {proof}")
         return report["verdict"] == "the same"
-    except ConfigError:
-        raise
-    except TitanError:
-        is_kept = True
-        raise
-    finally:
-        if not is_kept:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def build_configs(
@@ -157,11 +141,9 @@ def build_configs(
     return undisturbed, build(overrides, "interrupted"), build(again, "interrupted")
 
 
-def rank_main(arguments: list[str]) -> None:
+def rank_main(arguments: list[str]) -> NoReturn:
     """Be a rank of one of the runs, and end."""
-    code = worker.main(arguments, job=_train_and_note, on_console=False)
-    sys.stdout.flush()
-    os._exit(code)
+    parity.rank_main(arguments, _train_and_note)
 
 
 def _train_and_note(config: TitanConfig, rank: Rank, store: Store | None) -> float | None:
@@ -219,7 +201,7 @@ def build_report(
         "stopped_after": stop_after,
         "losses": [row["loss"] for row in _rows(theirs / "metrics.jsonl")],
         "tolerance": None if tolerance is None else asdict(tolerance),
-        "versions": {"titan": version("titan"), "torch": version("torch"), "python": platform.python_version()},
+        "versions": versions(),
         "time": utc_now(),
     }
 
@@ -243,18 +225,21 @@ def _compare_rows(run: Path, reference: Path, steps: int) -> Iterator[Finding]:
 
 
 def _compare_curves(run: Path, reference: Path, steps: int, tolerance: Tolerance | None) -> Iterator[Finding]:
+    from titan.trainer.record import apart
+
     ours, theirs = (_rows(folder / "metrics.jsonl") for folder in (run, reference))
     for title, key in (("loss", "loss"), ("gradient norm", "grad_norm")):
         if [row["step"] for row in ours] != list(range(1, steps + 1)):
             yield Finding(f"{title} of every step", False, "steps are missing")
             continue
-        worst = max(abs(a[key] - b[key]) / max(abs(b[key]), 1e-30) for a, b in zip(ours, theirs, strict=True))
+        worst = max(apart(a[key], b[key]) for a, b in zip(ours, theirs, strict=True))
         yield _within(f"{title} of every step", worst, tolerance and getattr(tolerance, key))
 
 
 def _compare_ends(run: Path, reference: Path, steps: int, tolerance: Tolerance | None) -> Iterator[Finding]:
     from titan.checkpoint.files import read_metadata, read_tensor, tensor_infos
     from titan.checkpoint.state import MODEL, RNG
+    from titan.trainer.record import tensors_apart
 
     ours, theirs = (step_folder(folder / "checkpoints", steps) for folder in (run, reference))
     infos, others = (tensor_infos(read_metadata(folder)) for folder in (ours, theirs))
@@ -265,18 +250,10 @@ def _compare_ends(run: Path, reference: Path, steps: int, tolerance: Tolerance |
     for name in names:
         if tolerance is not None and not name.startswith(MODEL):
             continue  # a moment is a sum of gradients, which differ by the order of their sums
-        mine, expected = (read_tensor(folder, name, infos[name]).double() for folder in (ours, theirs))
-        worst = max(worst, _distance(mine, expected))
+        mine, expected = (read_tensor(folder, name, infos[name]) for folder in (ours, theirs))
+        worst = max(worst, tensors_apart(mine, expected))
     what = f"weights after step {steps}" if tolerance is not None else f"weights and optimizer after step {steps}"
     yield _within(what, worst, tolerance and tolerance.weight)
-
-
-def _distance(mine: Tensor, expected: Tensor) -> float:
-    """Return the norm of the difference over the norm; 0 only for equal tensors, and infinity for no number."""
-    if mine.equal(expected):
-        return 0.0
-    distance = (mine - expected).norm().item() / (expected.norm().item() or 1.0)
-    return distance if 0 < distance < math.inf else math.inf
 
 
 def _within(what: str, worst: float, allowed: float | None) -> Finding:
