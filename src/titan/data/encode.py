@@ -13,6 +13,7 @@ What the messages spell is text in all of them, so no message can end its own tu
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -187,7 +188,7 @@ def encode_llama2(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encod
 
 
 def encode_plain(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encoded:
-    """Write a conversation for a tokenizer without a format of its own: role, colon, line feed, content, end of text."""
+    """Write a conversation in plain words, where there is no format: role, colon, line feed, content, end of text."""
     tokens = _Tokens()
     tokens.add([tokenizer.bos], False)
     for message in messages:
@@ -307,7 +308,7 @@ class ChatTemplate:
         """Put marks for the template's special tokens, and take the guards out; the spans move along."""
         edges = [0, *(edge for span in spans for edge in span), len(whole)]
         pieces = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             piece = whole[start:stop]
             for token in sorted(self.tokenizer.special, key=len, reverse=True):
                 piece = piece.replace(token, self.tokenizer.mark_of(token, mark))
