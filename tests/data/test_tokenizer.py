@@ -150,7 +150,7 @@ def test_megabytes_without_a_break_are_no_problem(tokenizer: Tokenizer, name: st
     tokens = inner(tokenizer, LONG[name])
     seconds = time.perf_counter() - start
     assert tokenizer.decode(tokens) == LONG[name]
-    assert seconds < 10, "quadratic would take hours"
+    assert seconds < 60, "quadratic would take hours"
 
 
 def test_the_fingerprint_changes_with_any_token(by_bytes: Tokenizer, by_ranks: Tokenizer, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_llama_3_has_the_reference_ids_of_every_character(llama3: Tokenizer) -> 
         assert llama3.decode(tokens) == text
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(any_text)
 def test_any_unicode_has_the_reference_ids_and_comes_back(llama3: Tokenizer, text: str) -> None:
     """Whatever hypothesis finds: the ids are Meta's, and decoding undoes encoding."""
@@ -157,7 +157,7 @@ def test_sentencepiece_has_its_own_ids(pieces: Tokenizer, text: str) -> None:
     assert pieces.n_tokens == processor.vocab_size() == count_tokens(pieces.config)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"]), max_size=200))
 def test_sentencepiece_gives_text_back(pieces: Tokenizer, text: str) -> None:
     """With bytes for what it has no piece for, nothing is lost but the character that it writes blanks with."""
@@ -176,7 +176,7 @@ def test_a_tokenizer_json_has_transformers_ids(by_json: Tokenizer, text: str) ->
     assert by_json.n_tokens == len(reference) == count_tokens(by_json.config)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(any_text)
 def test_a_tokenizer_json_of_bytes_gives_any_text_back(by_json: Tokenizer, text: str) -> None:
     """Whatever hypothesis finds comes back, halves of surrogate pairs as replacement characters."""
@@ -191,7 +191,7 @@ def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
 
 
 def test_truncation_padding_and_dropout_in_a_file_do_not_count(by_json: Tokenizer, tmp_path: Path) -> None:
-    """A tokenizer.json can say to cut texts, to fill them up and to draw merges by chance; documents want none of it."""
+    """A tokenizer.json can say to cut texts, to fill them up and to draw merges by chance: all of it is left out."""
     folder = Path(shutil.copytree(by_json.config.path or "", tmp_path / "copy"))
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(3)
@@ -256,7 +256,7 @@ def test_another_fingerprint_than_the_config_names_is_refused(tokenizer: Tokeniz
     """A frozen config holds the tokenizer itself: a file that has changed since is an error, on every rank."""
     assert check_fingerprint(replace(tokenizer.config, fingerprint=tokenizer.fingerprint)) == tokenizer.fingerprint
     assert len(tokenizer.fingerprint) == 64
-    with pytest.raises(ConfigError, match="is not the tokenizer with tokenizer.fingerprint = 0123"):
+    with pytest.raises(ConfigError, match=r"is not the tokenizer with tokenizer\.fingerprint = 0123"):
         build_tokenizer(replace(tokenizer.config, fingerprint="0123"))
 
 
@@ -273,7 +273,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json_tokenizer(folder / "json")
     (folder / "llama" / "original").mkdir(parents=True)
     write_tokenizer(folder / "llama" / "original" / "tokenizer.model")
-    (folder / "cut.model").write_bytes((folder / "pieces.model").read_bytes()[:-100])
+    (folder / "cut.model").write_bytes((folder / "pieces.model").read_bytes()[:3001])
     (folder / "empty").touch()
     (folder / "pointer").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     (folder / "broken.json").write_text('{"model": ')
@@ -299,7 +299,7 @@ WRONG = {
     ("sentencepiece", "endless.model"): ("without a begin or end of text", "/path/to/Llama-2/tokenizer.model"),
     ("sentencepiece", "pointer"): ("pointer of Git LFS", "git lfs pull"),
     ("sentencepiece", "nope"): ("is not a file", "Llama 2's tokenizer.model"),
-    ("tiktoken", "pieces.model"): ("Line 1 is not a token", "tokenizer=sentencepiece tokenizer.path="),
+    ("tiktoken", "pieces.model"): ("is not a token in base64", "tokenizer=sentencepiece tokenizer.path="),
     ("tiktoken", "json/tokenizer.json"): ("Line 1 is not a token", "tokenizer=huggingface tokenizer.path="),
     ("tiktoken", "llama"): ("It is a folder", "llama/original/tokenizer.model"),
     ("tiktoken", "hole.model"): ("do not count from 0", "tokenizer=bytes"),

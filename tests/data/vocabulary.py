@@ -44,7 +44,7 @@ def write_json_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE
     tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    found: dict[str, object] = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    found: dict[str, object] = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}}
     if chat_template is not None:
         found["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(found | settings))

@@ -48,10 +48,10 @@ class Hub:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-            def do_HEAD(self) -> None:  # noqa: N802
+            def do_HEAD(self) -> None:
                 self.do_GET()
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 hub.requests.append((self.command, self.path, self.headers.get("Range")))
                 parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
                 if parts[:2] == ["api", "models"]:

@@ -67,7 +67,7 @@ class Tokenizer(ABC):
         """
         try:
             return self._encode(text)
-        except (UnicodeEncodeError, TypeError):
+        except (UnicodeEncodeError, TypeError, RuntimeError):  # as each of the libraries says it
             if (mended := mend(text)) == text:
                 raise
             return self._encode(mended)
