@@ -3,8 +3,9 @@
 tokenizer    a repository's tokenizer: its tokenizer.json and the files beside it, its tokenizer.model
 checkpoint   its weights as safetensors, its config and its tokenizer; nothing of it twice
 
-HF_TOKEN, or the login that `hf auth login` has kept, says who asks; no token is ever shown. What was cut off goes on
-where it was when the same command is typed again. At the end stand the words to train with.
+HF_TOKEN, or the login that `hf auth login` has kept, says who asks; no token is ever shown. A connection that breaks
+is taken up again where it broke, and a command that is typed again fetches only the files that are not whole. At the
+end stand the words to train with.
 
 Exit codes: 0 done; 2 it could not be fetched, and why.
 """
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error, file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted; the same command goes on, and files that are whole stay", file=sys.stderr)
         code = INTERRUPTED
     sys.exit(code)
 
@@ -210,17 +211,17 @@ def _explain(error: BaseException, repo: str, revision: str | None, to: Path | N
     elif status == 403:
         text = f"{host} does not permit it (403): {where}\n  The token needs the permission to read this repository."
     elif status is not None:
-        text = f"{host} answers {status} for {where}\n  Try  the same command later; it goes on from here"
+        text = f"{host} answers {status} for {where}\n  Try  the same command later; files that are whole stay"
     elif (local := next((each for each in chain if _is_local(each)), None)) is not None:
         text = _explain_storage(local, to)
-    elif any(type(each).__name__ == "LocalProtocolError" for each in chain):
+    elif any(type(each).__name__ in ("LocalProtocolError", "UnicodeEncodeError") for each in chain):
         text = "the token has characters that no token has\n  Try  export HF_TOKEN=...   without blanks or line feeds"
     elif any(type(each).__module__.startswith(("httpx", "hf_xet")) for each in chain) or is_any(ConnectionError):
-        text = f"the connection to {host} broke in the middle\n  Try  the same command again; it goes on from here"
+        text = f"the connection to {host} broke in the middle\n  Try  the same command again; files that are whole stay"
         if not is_reached:
             text = f"{host} cannot be reached\n  Is this machine online? HTTPS_PROXY and HF_ENDPOINT lead elsewhere."
     elif is_reached and is_any(OSError, RuntimeError):  # a file of the wrong size, and what Xet's client raises
-        text = f"{where} did not arrive whole\n  Try  the same command again; it goes on from here"
+        text = f"{where} did not arrive whole\n  Try  the same command again; files that are whole stay"
     else:
         raise error
     raise CommandError(text) from error
