@@ -38,10 +38,12 @@ from titan.config.schema import (
     Dtype,
     Float8Recipe,
     OnSpike,
+    RecordFormat,
     TitanConfig,
     TokenizerKind,
 )
-from titan.config.vocabulary import count_tokens
+from titan.config.tokenizer_files import guess_kind, read_json
+from titan.config.vocabulary import check_fingerprint, count_tokens
 from titan.errors import ConfigError, Problem
 
 Rule = Callable[[TitanConfig], Iterator[Problem]]
@@ -405,14 +407,18 @@ def check_data(config: TitanConfig) -> Iterator[Problem]:
 
 def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
     """The tokenizer can be read and its tokens fit the model's vocabulary."""
-    if config.tokenizer.kind is TokenizerKind.bytes and config.tokenizer.path is not None:
+    kind, path = config.tokenizer.kind, config.tokenizer.path
+    if kind in (TokenizerKind.bytes, TokenizerKind.llama3) and path is not None:
+        guessed = guess_kind(Path(path)) or (TokenizerKind.tiktoken, path)
         yield Problem(
-            f"tokenizer.path = {config.tokenizer.path} is set, but tokenizer=bytes reads no file",
-            suggestion=f"tokenizer=tiktoken tokenizer.path={config.tokenizer.path}",
+            f"tokenizer.path = {path} is set, but tokenizer={kind.name} "
+            + ("reads no file" if kind is TokenizerKind.bytes else "reads the file that llama-models ships"),
+            suggestion=f"tokenizer={guessed[0].name} tokenizer.path={guessed[1]}",
         )
         return
     try:
         tokens = count_tokens(config.tokenizer)
+        check_fingerprint(config.tokenizer)
     except ConfigError as error:
         yield from error.problems
         return
@@ -422,6 +428,16 @@ def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
             f"but model.vocab_size = {config.model.vocab_size:,}",
             "Every token needs a row in the embedding.",
             f"model.vocab_size={tokens}",
+        )
+    sources = {"data": config.data, "validation.data": config.validation.data}
+    sources |= {f"data.components.{name}": component for name, component in config.data.components.items()}
+    chats = [name for name, source in sources.items() if source.format is RecordFormat.chat]
+    if chats and kind is TokenizerKind.huggingface and read_json(path).chat_template is None:
+        yield Problem(
+            f"{chats[0]}.format = chat, but tokenizer.path = {path} has no chat template",
+            "A tokenizer.json is written to in the form of its chat_template, in tokenizer_config.json or "
+            "chat_template.jinja beside it.",
+            f"tokenizer.path=/path/to/its/instruct/version   or  {chats[0]}.format=text",
         )
 
 

@@ -7,7 +7,8 @@ from titan.config.schema import TitanConfig
 
 CONTINUED = (
     "model.",
-    "tokenizer.",
+    "tokenizer.kind",
+    "tokenizer.fingerprint",
     "data.kind",
     "data.path",
     "data.text_field",
@@ -27,5 +28,12 @@ def changed_keys(before: TitanConfig, now: TitanConfig) -> dict[str, tuple[objec
 
 
 def refused_keys(changes: dict[str, tuple[object, object]]) -> list[str]:
-    """Return those of the changed keys that decide the weights or the data."""
+    """Return those of the changed keys that decide the weights or the data.
+
+    A tokenizer is held by what it is, wherever its file lies. A run of before there were fingerprints is held by the
+    path instead.
+    """
+    if changes.get("tokenizer.fingerprint", ("", ""))[0] is None:
+        held = tuple("tokenizer.path" if key == "tokenizer.fingerprint" else key for key in CONTINUED)
+        return [key for key in changes if key.startswith(held)]
     return [key for key in changes if key.startswith(CONTINUED)]

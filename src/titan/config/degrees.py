@@ -6,14 +6,24 @@ frozen, so that no rank has to decide anything for itself.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from titan.config.schedule_file import read_schedule
-from titan.config.schema import ClusterConfig, ClusterKind, Device, Dtype, ParallelismConfig, TitanConfig
-from titan.errors import Problem
+from titan.config.schema import (
+    ClusterConfig,
+    ClusterKind,
+    Device,
+    Dtype,
+    ParallelismConfig,
+    TitanConfig,
+    TokenizerConfig,
+)
+from titan.config.vocabulary import compute_fingerprint
+from titan.errors import ConfigError, Problem
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The mesh's axes, outermost first."""
@@ -146,9 +156,18 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
         data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
-        tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
+        tokenizer=resolve_tokenizer(config.tokenizer),
         checkpoint=checkpoint,
     ), problems
+
+
+def resolve_tokenizer(tokenizer: TokenizerConfig) -> TokenizerConfig:
+    """Say which tokenizer it is, where it can be read; what is wrong with it is for the rules to say."""
+    tokenizer = replace(tokenizer, path=_absolute(tokenizer.path))
+    if tokenizer.fingerprint is None:
+        with contextlib.suppress(ConfigError):
+            tokenizer = replace(tokenizer, fingerprint=compute_fingerprint(tokenizer))
+    return tokenizer
 
 
 def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterConfig, list[Problem]]:

@@ -419,9 +419,9 @@ class TokenizerConfig:
     kind: TokenizerKind = MISSING
     """What reads it: llama3 and bytes need no file."""
     path: str | None = None
-    """The tokenizer's file, where it has one."""
+    """Its file, or with tokenizer=huggingface its folder; llama3 and bytes need none."""
     fingerprint: str | None = None
-    """Of all its tokens; filled in before a run starts, and what a run or a prepared dataset goes on with."""
+    """What tells it from every other tokenizer: filled in before a run starts, held against the file if given."""
 
 
 @dataclass
