@@ -139,6 +139,9 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
     if checkpoint.last_dtype is Dtype.auto:
         checkpoint = replace(checkpoint, last_dtype=Dtype.float32)
     cache = config.data.cache_dir or machine.cache_dir
+    validation = config.validation
+    if validation.data is not None:
+        validation = replace(validation, data=replace(validation.data, path=_absolute(validation.data.path)))
     return replace(
         config,
         run=replace(config.run, dir=_absolute(config.run.dir)),
@@ -146,6 +149,7 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
         data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
+        validation=validation,
         tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
         checkpoint=checkpoint,
     ), problems
