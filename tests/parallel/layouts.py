@@ -58,9 +58,7 @@ def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
     return check_config(config, Machine())
 
 
-def record_layout(
-    world_size: int, overrides: tuple[str, ...], packed: Path, validates: bool = True
-) -> Record | None:
+def record_layout(world_size: int, overrides: tuple[str, ...], packed: Path, validates: bool = True) -> Record | None:
     """Train a layout as this rank; validates after the first and the last step, if not told otherwise."""
     held_out = open_packed(packed) if validates else None
     config = layout_config(world_size, overrides)

@@ -50,12 +50,12 @@ class Runs:
         resume(trainer)
         return trainer
 
-    def fit(self, trainer: Trainer, stop_after: int = 0) -> float | None:
-        """Train to the end, or until a signal after some step."""
+    def fit(self, trainer: Trainer, stop_after: int = 0, warning: Callable[[], int] | None = None) -> float | None:
+        """Train to the end, or until a signal after some step, or whenever `warning` says."""
         off = Watchdog(
             FaultToleranceConfig(step_timeout_seconds=0), trainer.directory, 0, 1, 0, report=lambda hung: None
         )
-        return fit(trainer, off, lambda: 15 if trainer.state.step == stop_after else 0)
+        return fit(trainer, off, warning or (lambda: 15 if trainer.state.step == stop_after else 0))
 
     def train(self, name: str, *overrides: str, change: Callable[[Trainer], None] = lambda trainer: None) -> Trainer:
         """Run a config from where its folder stands to the end."""
