@@ -353,6 +353,43 @@ MISTAKES = {
         "data=python_stdlib reads Python's own",
         "Try  data=text data.path=",
     ),
+    # what is validated on
+    "no held-out text": (
+        "validation.interval=10",
+        "no held-out text is chosen",
+        "Try  validation=text validation.data",
+    ),
+    "held-out text of no kind": (
+        "validation.data.path=documents",
+        "held-out text, of which no kind is chosen",
+        "text",
+        "Try  validation=text validation.data.path=documents",
+    ),
+    "no path of held-out text": ("validation=text", "validation.data.path is not set", "Try  validation.data.path="),
+    "held-out text that is not there": (
+        "validation=jsonl validation.data.path=nope",
+        "does not exist or matches nothing",
+        "or  validation=none",
+    ),
+    "empty held-out text": (
+        "validation=text validation.data.path=folder_of_empty_files",
+        "holds 2 files, all of them empty",
+        "Try  validation.data.path=",
+    ),
+    "a held-out dataset without a name": (
+        "validation=huggingface",
+        "validation.data.dataset is not set",
+        "Try  validation.data.dataset=",
+    ),
+    "held-out text that is trained on": (
+        "data=text data.path=documents validation=text validation.data.path=documents",
+        "that data trains on",
+        "Try  data.path=/path/without/them",
+    ),
+    "the default text held out of itself": ("validation=python_stdlib", "that data trains on", "Try  validation=text"),
+    "a mixture held out": ("validation=text validation.data.kind=mixture", "held-out text is one source"),
+    "a negative interval": ("validation.interval=-1", "validation.interval = -1 is below 0"),
+    "no rows": ("validation.rows=0", "validation.rows = 0 is not a number of rows", "Try  validation.rows=-1"),
     "no tokenizer": ("tokenizer=tiktoken", "tokenizer.path is not set", "tokenizer=bytes"),
     "a tokenizer that is not there": ("tokenizer=tiktoken tokenizer.path=nope", "is not a file", "tokenizer=bytes"),
     "a garbled tokenizer": (

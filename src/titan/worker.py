@@ -285,12 +285,14 @@ def train(
     """
     import torch.distributed as dist
 
-    from titan.trainer.build import build_trainer
+    from titan.trainer.build import build_trainer, load_held_out_tokens
     from titan.trainer.loop import fit
     from titan.trainer.resume import resume
     from titan.trainer.watchdog import Watchdog, describe_limits
 
     directory = RunDirectory(Path(config.run.dir))
+    # before the ranks have joined, so that no collective waits for it
+    held_out = load_held_out_tokens(config, is_writer=rank.local_rank == 0)
     device, packed = join_ranks(config, rank, store)
     with contextlib.ExitStack() as stack:
         watchdog = Watchdog(
@@ -302,7 +304,7 @@ def train(
             report=lambda hung: _account(directory, rank, hung),
         )
         stack.enter_context(watchdog)
-        trainer = build_trainer(config, device, packed)
+        trainer = build_trainer(config, device, packed, held_out)
         logger.info(f"{'watchdog':<10} {describe_limits(config)}")
         resume(trainer)
         if trainer.state.step and rank.rank == 0:

@@ -8,6 +8,8 @@ from random import Random
 
 CRASH = (1,)
 STOPPED = (75,)
+LOOKS = 3
+"""How often a validation looks whether the run is to stop, of `VALIDATION`."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Moment:
         return (self.save - 1) * self.shard_bytes + self.draw.randrange(self.shard_bytes)
 
     @property
+    def rows(self) -> int:
+        """A look in the second or third validation, whichever that is of its own."""
+        return (self.save - 1) * LOOKS + self.draw.randrange(1, LOOKS + 1)
+
+    @property
     def rank(self) -> int:
         """One of two ranks."""
         return self.draw.randrange(2)
@@ -61,6 +68,7 @@ def _filled(plant: str, rank: int | None = None, slow: float = 0.0) -> Callable[
 
     def fill(moment: Moment) -> str:
         values = {"rank": moment.rank if rank is None else rank, "save": moment.save, "byte": moment.byte}
+        values["rows"] = moment.rows
         text = plant.format(**values, next=moment.step + 1, soon=moment.soon, sync=2 * moment.save)
         return text + f";slow:{values['rank']}:write:{slow}" * bool(slow)
 
@@ -98,7 +106,13 @@ BACKGROUND = {
         Case("SIGKILL between commit and removal of old ones, async_pinned", _filled("kill:0:committed:{save}")),
     ],
 }
-# Here belongs a kill in a validation, and below a stop in one, once titan has validations.
+VALIDATION = [
+    Case("SIGKILL of a rank as a validation begins", _filled("kill:{rank}:validation:{save}")),
+    *_ranks("SIGKILL of rank {rank} in the midst of a validation", "kill:{rank}:validated_rows:{rows}"),
+    Case("SIGTERM to the launcher in a validation", _filled("term_launcher:{rank}:validated_rows:{rows}"), STOPPED),
+    Case("SIGUSR2 to one rank in a validation", _filled("usr2:{rank}:validated_rows:{rows}"), STOPPED),
+]
+"""Of a run that validates where it saves, looking some times whether to stop."""
 STOP = [
     Case("SIGTERM to the launcher in a step", _filled("term_launcher:{rank}:step:{soon}"), STOPPED),
     Case("SIGUSR2 to the launcher in a step", _filled("usr2_launcher:{rank}:step:{soon}"), STOPPED),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from tests.support.command import results
+from tests.support.command import results, validations
 from titan.checkpoint.files import read_metadata, read_tensors, tensor_infos
 from titan.checkpoint.manifest import Manifest, committed_steps, step_folder
 
@@ -38,6 +38,11 @@ class Reference:
     def rows(self) -> dict[int, tuple[int, float, float]]:
         """Step, loss and gradient norm with all their bits, by step."""
         return {row[0]: row for row in results(self.directory)}
+
+    @cached_property
+    def validations(self) -> list[tuple[int, float, int]]:
+        """Step, loss with all its bits, and tokens of every validation."""
+        return validations(self.directory)
 
     @cached_property
     def steps(self) -> list[int]:

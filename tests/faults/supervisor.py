@@ -122,8 +122,13 @@ class Run:
         return max((step for step, _, _ in self.rows()), default=0)
 
     def rows(self) -> list[tuple[int, float, float]]:
-        """Return step, loss and gradient norm of every row."""
-        return [(row["step"], row["loss"], row["grad_norm"]) for row in self._whole_rows()]
+        """Return step, loss and gradient norm of every step's row."""
+        return [(row["step"], row["loss"], row["grad_norm"]) for row in self._whole_rows() if "loss" in row]
+
+    def validations(self) -> list[tuple[int, float, int]]:
+        """Return step, loss and tokens of every validation."""
+        rows = [row for row in self._whole_rows() if "loss" not in row]
+        return [(row["step"], row["validation_loss"], row["validation_tokens"]) for row in rows]
 
     def _whole_rows(self) -> list[dict[str, Any]]:
         """Return all rows but the last, if a full disk or a kill has cut that one short."""
@@ -190,6 +195,8 @@ class Run:
         before = self.before_spike.rows if self.before_spike else {}
         for row in rows:
             assert row in (self.reference.rows.get(row[0]), before.get(row[0])), f"another step {row[0]}: {story}"
+        validated = self.validations()
+        assert validated == self.reference.validations[: len(validated)], f"another validation: {story}"
         for step in self.whole_steps():
             folder = step_folder(self.checkpoints, step)
             saved = step, Manifest.read(folder).time
@@ -243,6 +250,7 @@ class Run:
         """
         last = max(self.reference.rows)
         assert self.rows() == list(self.reference.rows.values())
+        assert self.validations() == self.reference.validations
         assert self.newest() == last
         assert different(digests(step_folder(self.checkpoints, last)), self.reference.digests(last)) == []
         status = self.directory.read_status()
@@ -251,4 +259,5 @@ class Run:
         self.report.ended_right()
 
     def _timed_rows(self) -> list[tuple[int, float]]:
-        return [(row["step"], datetime.fromisoformat(row["time"]).timestamp()) for row in self._whole_rows()]
+        rows = [row for row in self._whole_rows() if "loss" in row]
+        return [(row["step"], datetime.fromisoformat(row["time"]).timestamp()) for row in rows]

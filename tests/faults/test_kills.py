@@ -93,6 +93,24 @@ def test_told_to_stop(make_run: MakeRun, undisturbed: MakeReference, draw: Rando
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("number", ROUNDS)
+def test_killed_or_stopped_while_it_validates(
+    make_run: MakeRun, undisturbed: MakeReference, draw: Random, here: Path, number: int
+) -> None:
+    """A validation costs no step, for it comes after the save; it is done once, by the attempt that goes on."""
+    held_out = here / "held_out.txt"
+    held_out.write_text("the lazy dog sleeps\n" * 60)  # 37 rows of 32: ten rounds of two ranks' two, in three parts
+    words = ["validation=text", f"validation.data.path={held_out}", f"validation.interval={INTERVAL}"]
+    reference = undisturbed(90, *words)
+    run = make_run(reference, "checkpoint=sync", *words)
+    for case in shuffled(draw, *cases.VALIDATION):
+        moment = Moment(run.draw, run.newest(), INTERVAL, run.reference.shard_bytes)
+        run.survive(case.name, case.plant(moment), case.codes, lost_steps=0)
+    run.complete()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", ROUNDS)
 def test_killed_at_any_time(make_run: MakeRun, undisturbed: MakeReference, draw: Random, number: int) -> None:
     """A kill of any of its processes after any time: while it starts, while it loads, wherever that is."""
     run = make_run(undisturbed(), "checkpoint=async", lost_intervals=2)

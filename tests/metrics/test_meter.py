@@ -11,7 +11,7 @@ import torch
 
 from titan.metrics import meter as module
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
-from titan.metrics.meter import Meter, bits_per_byte
+from titan.metrics.meter import Meter, bits_per_byte, validation_row
 
 
 @pytest.fixture
@@ -151,3 +151,24 @@ def test_memory_is_this_processs_peak() -> None:
     reset_peak_memory(cpu)
     assert during >= before
     assert peak_memory_gib(cpu) == pytest.approx(during, abs=0.05)
+
+
+def test_a_validation_row_says_the_same_in_three_ways() -> None:
+    """Two tokens of probability 1/8 each, for three bytes: perplexity 8, six bits over three bytes."""
+    found = validation_row(7, math.log(8), tokens=2, text_bytes=3, seconds=0.5)
+    assert found.pop("time")
+    assert found == {
+        "step": 7,
+        "validation_loss": math.log(8),
+        "validation_perplexity": pytest.approx(8),
+        "validation_bits_per_byte": pytest.approx(2),
+        "validation_tokens": 2,
+        "validation_seconds": 0.5,
+    }
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(math.nan, None), (math.inf, None), (800.0, 800.0)])
+def test_what_json_cannot_say_is_null(loss: float, shown: float | None) -> None:
+    """A perplexity beyond the largest number is null too, beside a loss that is not."""
+    found = validation_row(7, loss, tokens=2, text_bytes=3, seconds=0.5)
+    assert (found["validation_loss"], found["validation_perplexity"]) == (shown, None)

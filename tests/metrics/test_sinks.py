@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from titan.log import logger
-from titan.metrics.sinks import Console, JsonLines, format_row, format_seconds
+from titan.metrics.meter import validation_row
+from titan.metrics.sinks import Console, JsonLines, format_row, format_seconds, format_validation
 
 ROW = {
     "step": 120,
@@ -106,6 +107,34 @@ def test_a_row_on_the_console_has_its_units() -> None:
         "step  120/1000  loss 2.4131  bits/byte 3.481  grad 0.87  lr 3.00e-04  41,210 tok/s  mfu 43.1%  "
         "peak 61.24 GiB  29:20 left"
     )
+
+
+def test_a_validation_on_the_console_has_its_units() -> None:
+    """Step, loss in nats, bits a byte, perplexity, tokens, seconds; what is null is said in words."""
+    row = validation_row(120, math.log(8), tokens=12_345, text_bytes=12_345, seconds=1.234)
+    assert format_validation(row, total_steps=1000) == (
+        "step  120/1000  validation loss 2.0794  bits/byte 3.000  perplexity 8.00  12,345 tokens  in 1.23 s"
+    )
+    row = validation_row(120, math.nan, tokens=1, text_bytes=1, seconds=1)
+    assert "validation loss not finite  bits/byte not finite" in format_validation(row, 1000)
+
+
+def test_a_step_and_its_validation_are_two_rows_that_come_and_go_together(tmp_path: Path) -> None:
+    """A run that resumes at a step keeps both, one that resumes before it drops both; neither comes twice."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, key: 1.0} for step in (10, 20, 30) for key in ("loss", "validation_loss")]
+
+    def write_rows(resumed_step: int) -> list[dict[str, float]]:
+        sink = JsonLines(path, resumed_step)
+        for row in rows:
+            if row["step"] > resumed_step:
+                sink.write(row)
+        sink.close()
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    assert write_rows(0) == write_rows(20) == write_rows(5) == rows
+    JsonLines(path, 20).close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:4]
 
 
 def test_an_unknown_peak_and_the_last_step_leave_their_columns_out() -> None:

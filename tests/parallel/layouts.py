@@ -28,9 +28,11 @@ SMALL = (
     "optimizer.lr=5e-3",
     "lr_scheduler.warmup_steps=2",
     "checkpoint=disabled",
+    "validation.rows=7",
     "run.dir=unused",
 )
-"""Fewer kv heads than heads; a global batch that every data degree up to 4 divides."""
+"""Fewer kv heads than heads; a global batch that every data degree up to 4 divides, and rows to validate on that none
+does."""
 
 TOKENS = 20_011
 """No multiple of the row length, so that the last row is padded."""
@@ -56,6 +58,8 @@ def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
     return check_config(config, Machine())
 
 
-def record_layout(world_size: int, overrides: tuple[str, ...], packed: Path) -> Record | None:
-    """Train a layout as this rank."""
-    return record_run(layout_config(world_size, overrides), torch.device("cpu"), open_packed(packed))
+def record_layout(world_size: int, overrides: tuple[str, ...], packed: Path, validates: bool = True) -> Record | None:
+    """Train a layout as this rank; validates after the first and the last step, if not told otherwise."""
+    held_out = open_packed(packed) if validates else None
+    config = layout_config(world_size, overrides)
+    return record_run(config, torch.device("cpu"), open_packed(packed), held_out=held_out)

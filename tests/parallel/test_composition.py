@@ -8,11 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from titan.trainer.record import Difference, Record, compare_records
 from titan.verify.parity import BFLOAT16, FLOAT8, FLOAT32, Tolerance, is_same
 
+from .layouts import record_layout
 from .matrix import BEGIN, BLOCK_EACH, CASES, DOCUMENT, END, UNEVEN, Case, mesh, options
+from .pool import RankPool
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "losses.json"
 LONG = ("training.steps=20", "training.seq_len=32")
@@ -21,6 +24,12 @@ LONG = ("training.steps=20", "training.seq_len=32")
 def assert_same(difference: Difference, tolerance: Tolerance = FLOAT32) -> None:
     """Hold what titan promises."""
     assert is_same(difference, tolerance), (difference, asdict(tolerance))
+
+
+def assert_validates_as(record: Record, reference: Record, tolerance: Tolerance = FLOAT32) -> None:
+    """Hold what titan promises of held-out rows, which are seven: no mesh has as many data ranks."""
+    assert record.validation_losses == pytest.approx(reference.validation_losses, rel=tolerance.loss)
+    assert len(record.validation_losses) == 2 or len(record.losses) == 1
 
 
 def case_parameters() -> list[object]:
@@ -32,9 +41,11 @@ def case_parameters() -> list[object]:
 
 @pytest.mark.parametrize("case", case_parameters())
 def test_a_layout_equals_one_process(record: Callable[..., Record], case: Case) -> None:
-    """Losses, gradient norms, every gradient and every weight equal those of one process."""
-    difference = compare_records(record(case.world_size, *case.overrides), record(1, *case.reference))
-    assert_same(difference, BFLOAT16 if case.kind == "bfloat16" else FLOAT32)
+    """Losses, gradient norms, every gradient and every weight equal those of one process; validation losses too."""
+    found, reference = record(case.world_size, *case.overrides), record(1, *case.reference)
+    tolerance = BFLOAT16 if case.kind == "bfloat16" else FLOAT32
+    assert_same(compare_records(found, reference), tolerance)
+    assert_validates_as(found, reference, tolerance)
 
 
 def test_the_document_lists_what_is_tested() -> None:
@@ -86,8 +97,9 @@ def test_ranks_with_different_numbers_of_valid_tokens_weigh_every_token_the_same
 ) -> None:
     """With one row almost all padding, a mesh still equals one process: there is one denominator."""
     shape = (*UNEVEN, *BLOCK_EACH)
-    reference = record(1, *mesh(), *shape)
-    assert_same(compare_records(record(world_size, *shape, *layout), reference))
+    reference, found = record(1, *mesh(), *shape), record(world_size, *shape, *layout)
+    assert_same(compare_records(found, reference))
+    assert_validates_as(found, reference)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +112,7 @@ def test_emulated_float8_stays_near(record: Callable[..., Record], world_size: i
     alone = record(1, "float8.emulate=true", overrides[0])
     assert compare_records(alone, record(1, *mesh())).loss > 1e-7
     assert_same(compare_records(record(world_size, *emulated), alone), FLOAT8)
+    assert_validates_as(record(world_size, *emulated), alone, FLOAT8)
 
 
 def test_bfloat16_is_not_float32(record: Callable[..., Record]) -> None:
@@ -112,3 +125,31 @@ def test_tied_embeddings_are_one_parameter(record: Callable[..., Record]) -> Non
     """Whole or across stages, a tied output has no weight of its own in what is compared, and in checkpoints."""
     for world_size, layout in ((1, mesh()), (2, mesh(pp=2))):
         assert "output.weight" not in record(world_size, *layout, "model.tie_embeddings=true").weights
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides"),
+    [
+        (2, mesh(dp_shard=2)),
+        (2, mesh(pp=2)),
+        (2, (*mesh(pp=2), *options("pp_schedule=ZBVZeroBubble"), *BLOCK_EACH, "training.local_batch_size=4")),
+        pytest.param(2, mesh(tp=2), marks=pytest.mark.slow),
+        pytest.param(2, mesh(cp=2), marks=pytest.mark.slow),
+        pytest.param(4, mesh(dp_replicate=2, dp_shard=2), marks=pytest.mark.slow),
+        pytest.param(2, (*mesh(dp_shard=2), *options("cpu_offload=true")), marks=pytest.mark.slow),
+        pytest.param(2, (*mesh(dp_shard=2), "compile=inductor"), marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_validates_is_the_run_that_does_not(
+    record: Callable[..., Record],
+    pools: Callable[[int], RankPool],
+    packed_file: Path,
+    world_size: int,
+    overrides: tuple[str, ...],
+) -> None:
+    """Losses, gradient norms and every weight are the same to the bit, with two validations in between or without."""
+    without = pools(world_size).run(record_layout, world_size, overrides, packed_file, False, timeout=250)[0]
+    found = record(world_size, *overrides)
+    assert (len(found.validation_losses), without.validation_losses) == (2, [])
+    assert (found.losses, found.grad_norms) == (without.losses, without.grad_norms)
+    assert all(torch.equal(found.weights[name], weight) for name, weight in without.weights.items())

@@ -153,5 +153,12 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def results(directory: Path) -> list[tuple[int, float, float]]:
-    """Return step, loss and gradient norm of every row, with all their bits."""
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in json_lines(directory / "metrics.jsonl")]
+    """Return step, loss and gradient norm of every step's row, with all their bits."""
+    rows = json_lines(directory / "metrics.jsonl")
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def validations(directory: Path) -> list[tuple[int, float, int]]:
+    """Return step, loss and tokens of every validation, with all their bits."""
+    rows = json_lines(directory / "metrics.jsonl")
+    return [(row["step"], row["validation_loss"], row["validation_tokens"]) for row in rows if "loss" not in row]

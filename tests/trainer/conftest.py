@@ -15,7 +15,7 @@ from titan.config.load import compose
 from titan.config.schema import FaultToleranceConfig, TitanConfig
 from titan.launch.dispatch import freeze
 from titan.run_directory import RunDirectory
-from titan.trainer.build import Trainer, build_trainer, load_packed_tokens
+from titan.trainer.build import Trainer, build_trainer, load_held_out_tokens, load_packed_tokens
 from titan.trainer.device import select_device
 from titan.trainer.loop import fit
 from titan.trainer.resume import resume
@@ -45,16 +45,17 @@ class Runs:
     def build(self, config: TitanConfig) -> Trainer:
         """Return a trainer that has resumed where there is something to resume."""
         freeze(config, RunDirectory(Path(config.run.dir)), [])
-        trainer = build_trainer(config, select_device(config.cluster.device, 0, 1), load_packed_tokens(config, True))
+        texts = load_packed_tokens(config, True), load_held_out_tokens(config, True)
+        trainer = build_trainer(config, select_device(config.cluster.device, 0, 1), *texts)
         resume(trainer)
         return trainer
 
-    def fit(self, trainer: Trainer, stop_after: int = 0) -> float | None:
-        """Train to the end, or until a signal after some step."""
+    def fit(self, trainer: Trainer, stop_after: int = 0, warning: Callable[[], int] | None = None) -> float | None:
+        """Train to the end, or until a signal after some step, or whenever `warning` says."""
         off = Watchdog(
             FaultToleranceConfig(step_timeout_seconds=0), trainer.directory, 0, 1, 0, report=lambda hung: None
         )
-        return fit(trainer, off, lambda: 15 if trainer.state.step == stop_after else 0)
+        return fit(trainer, off, warning or (lambda: 15 if trainer.state.step == stop_after else 0))
 
     def train(self, name: str, *overrides: str, change: Callable[[Trainer], None] = lambda trainer: None) -> Trainer:
         """Run a config from where its folder stands to the end."""

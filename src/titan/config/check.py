@@ -23,6 +23,7 @@ from titan.config.degrees import (
     world_size,
 )
 from titan.config.files import find_files
+from titan.config.held_out import check_validation
 from titan.config.keys import flatten, override
 from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
@@ -120,6 +121,7 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "fault_tolerance.first_step_timeout_seconds": 0,
             "fault_tolerance.save_timeout_seconds": 0,
             "metrics.log_every": 1,
+            "validation.interval": 0,
             "profiling.start_step": 2,
             "profiling.steps": 1,
         },
@@ -751,6 +753,7 @@ RULES: tuple[Rule, ...] = (
     check_heads,
     check_sequence,
     check_data,
+    check_validation,
     check_tokenizer,
     check_float8,
     check_compiler,

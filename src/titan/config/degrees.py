@@ -149,6 +149,9 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
     if checkpoint.last_dtype is Dtype.auto:
         checkpoint = replace(checkpoint, last_dtype=Dtype.float32)
     cache = config.data.cache_dir or machine.cache_dir
+    validation = config.validation
+    if validation.data is not None:
+        validation = replace(validation, data=replace(validation.data, path=_absolute(validation.data.path)))
     return replace(
         config,
         run=replace(config.run, dir=_absolute(config.run.dir)),
@@ -157,6 +160,7 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         training=training,
         data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
         tokenizer=resolve_tokenizer(config.tokenizer),
+        validation=validation,
         checkpoint=checkpoint,
     ), problems
 

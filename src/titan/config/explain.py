@@ -202,6 +202,13 @@ def _explain_error(error: Exception, overrides: list[str], groups: Groups) -> tu
     for text in overrides:
         node = _closed_node(_key(text)) or (key if _key(text) == key and key.startswith("hydra.") else None)
         if node and not isinstance(error, COMPOSITION_ERRORS):  # OmegaConf has no error of its own for this
+            if node == "validation.data":
+                listed = ", ".join(option for option in groups["validation"] if option != "none")
+                return Problem(
+                    f"{text} is about held-out text, of which no kind is chosen",
+                    f"There are: {listed}",
+                    f"validation=text {text}",
+                ), text
             return Problem(
                 f"{text} sets a key below {node}, which is null here",
                 "What is null cannot be filled in from the command line, only from a file.",

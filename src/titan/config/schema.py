@@ -408,8 +408,8 @@ class ValidationConfig:
     """Steps between validations, which also happen after the last step; 0 is never."""
     rows: int = -1
     """Rows to look at, from the first on; -1 is all of them, once."""
-    data: SourceConfig = field(default_factory=lambda: SourceConfig(kind=DataKind.python_stdlib))
-    """The held-out text; tokenised, packed and masked as the data to train on."""
+    data: SourceConfig | None = None
+    """The held-out text, or null; tokenised, packed and masked as the data to train on."""
 
 
 @dataclass

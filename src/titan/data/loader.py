@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,11 @@ class Batch:
         """Keep some positions of every row; None keeps all. Shape: positions (N,) -> tokens, labels (B, N)."""
         return self if positions is None else self._map(lambda x: x[:, positions])
 
+    def chunk(self, parts: int) -> list[Batch]:
+        """Cut into so many batches of as many rows each. Shape: tokens, labels (B, S) -> (B/parts, S)."""
+        columns = [self.tokens, self.labels] + ([] if self.starts is None else [self.starts])
+        return [Batch(*pieces) for pieces in zip(*(column.chunk(parts) for column in columns), strict=True)]
+
     def pin_memory(self) -> Batch:
         """Copy to memory from which a GPU can fetch by itself; DataLoader calls this."""
         return self._map(lambda x: x.pin_memory())
@@ -47,6 +53,14 @@ class Batch:
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         starts = None if self.starts is None else change(self.starts)
         return Batch(change(self.tokens), change(self.labels), starts)
+
+
+class Shared(Protocol):
+    """Rows shared out over data ranks, step by step."""
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Return the rows of each of this rank's micro-batches in a step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class PackedRows(Dataset[tuple[np.ndarray, ...]]):
 
 
 class _Steps(Sampler[list[int]]):
-    def __init__(self, share: Share, first_step: int, last_step: int, left_out: Collection[int]) -> None:
+    def __init__(self, share: Shared, first_step: int, last_step: int, left_out: Collection[int]) -> None:
         self.share, self.first_step, self.last_step, self.left_out = share, first_step, last_step, left_out
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -102,8 +116,8 @@ class _Steps(Sampler[list[int]]):
 
 
 def build_loader(
-    rows: PackedRows,
-    share: Share,
+    rows: Dataset[tuple[np.ndarray, ...]],
+    share: Shared,
     first_step: int,
     last_step: int,
     num_workers: int = 0,

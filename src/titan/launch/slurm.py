@@ -323,7 +323,8 @@ def _mounts(config: TitanConfig, mounted: Path) -> list[str]:
     """Return what a container has to see: the user's own mounts, and what the config names if they do not have it."""
     given = config.cluster.container_mounts
     inside = [mount.split(":")[1 if ":" in mount else 0].rstrip("/") for mount in given]
-    named = [str(mounted), config.data.cache_dir, fixed_part(config.data.path) if config.data.path else None]
+    sources = [source for source in (config.data, config.validation.data) if source is not None]
+    named = [str(mounted), config.data.cache_dir, *(fixed_part(each.path) for each in sources if each.path)]
     named += [config.tokenizer.path, config.checkpoint.initial_load, config.parallelism.pp_schedule_csv]
     own = [path for path in filter(None, named) if not any(f"{path}/".startswith(f"{folder}/") for folder in inside)]
     return [f"{path}:{path}" for path in dict.fromkeys(own)] + given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,16 +29,17 @@ class Meter:
     steps: int = 0
     data_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
+    validation_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
     def row(self, step: int, loss: float, grad_norm: float, learning_rate: float, memory_gib: float) -> dict[str, Any]:
         """Return the line for metrics.jsonl, and start over.
 
-        `step_seconds` is the mean over the steps since the last row, without what saving checkpoints took;
-        `data_seconds` and `checkpoint_seconds` are sums over them. `mfu` is a share of the peak, from 0 to 1; a value
-        above 1 would mean that the peak is wrong, and is not shown.
+        `step_seconds` is the mean over the steps since the last row, without what saving checkpoints and validations
+        took; `data_seconds` and `checkpoint_seconds` are sums over them. `mfu` is a share of the peak, from 0 to 1; a
+        value above 1 would mean that the peak is wrong, and is not shown.
         """
-        elapsed = time.perf_counter() - self.started - self.checkpoint_seconds
+        elapsed = time.perf_counter() - self.started - self.checkpoint_seconds - self.validation_seconds
         tokens_per_second = self.steps * self.tokens_per_step / elapsed
         tflops = tokens_per_second * self.flops_per_token / self.devices / 1e12
         mfu = tflops / self.peak_tflops if self.peak_tflops else None
@@ -62,10 +64,37 @@ class Meter:
 
     def start_over(self) -> None:
         """Forget what was added up."""
-        self.steps, self.data_seconds, self.checkpoint_seconds = 0, 0.0, 0.0
+        self.steps = 0
+        self.data_seconds = self.checkpoint_seconds = self.validation_seconds = 0.0
         self.started = time.perf_counter()
 
 
-def bits_per_byte(loss: float, tokens: int, text_bytes: int) -> float:
+def validation_row(step: int, loss: float, tokens: int, text_bytes: float, seconds: float) -> dict[str, Any]:
+    """Return a validation's line for metrics.jsonl; a number that is not finite is null, as JSON has none.
+
+    Args:
+        step: The one whose weights were looked at.
+        loss: Mean cross-entropy in nats a token.
+        tokens: How many were predicted.
+        text_bytes: Of the text that they are.
+        seconds: All that it took.
+    """
+    perplexity = math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+    return {
+        "step": step,
+        "validation_loss": _finite(loss),
+        "validation_perplexity": _finite(perplexity),
+        "validation_bits_per_byte": _finite(bits_per_byte(loss, tokens, text_bytes)),
+        "validation_tokens": tokens,
+        "validation_seconds": seconds,
+        "time": utc_now(),
+    }
+
+
+def bits_per_byte(loss: float, tokens: int, text_bytes: float) -> float:
     """Return a loss in nats a token as bits a byte of text, which compares across tokenizers."""
     return loss / math.log(2) * tokens / max(1, text_bytes)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -85,7 +85,10 @@ class Console:
 
     def write(self, row: dict[str, Any]) -> None:
         """Show a row of metrics."""
-        logger.info(format_row(row, self.total_steps, self._tokens, self._text_bytes))
+        if "validation_loss" in row:
+            logger.info(format_validation(row, self.total_steps))
+        else:
+            logger.info(format_row(row, self.total_steps, self._tokens, self._text_bytes))
 
     def close(self) -> None:
         """Take the progress bar away."""
@@ -112,6 +115,25 @@ def format_row(row: dict[str, Any], total_steps: int, tokens: int, text_bytes: i
     if row["step"] < total_steps:
         columns.append(f"{format_seconds(left)} left")
     return "  ".join(columns)
+
+
+def format_validation(row: dict[str, Any], total_steps: int) -> str:
+    """Return a validation's row as a line with fixed columns."""
+
+    def shown(name: str, digits: int) -> str:
+        value = row[f"validation_{name}"]
+        return "not finite" if value is None else f"{value:.{digits}f}"
+
+    return "  ".join(
+        [
+            f"step {row['step']:>{len(str(total_steps))}}/{total_steps}",
+            f"validation loss {shown('loss', 4)}",
+            f"bits/byte {shown('bits_per_byte', 3)}",
+            f"perplexity {shown('perplexity', 2)}",
+            f"{row['validation_tokens']:,} tokens",
+            f"in {row['validation_seconds']:.2f} s",
+        ]
+    )
 
 
 def format_seconds(seconds: float) -> str:

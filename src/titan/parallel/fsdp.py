@@ -10,8 +10,10 @@ Source:
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -74,3 +76,24 @@ def apply_fsdp(
             module.set_gradient_divide_factor(1.0)
             # or gloo is asked for a fused multiply-and-sum, which it does not have
             module.set_force_sum_reduction_for_comms(True)
+
+
+def forget_forward(model: nn.Module) -> None:
+    """Leave FSDP as a backward pass would have, after a forward pass that none follows.
+
+    It keeps the last weights that it has gathered until the backward pass, and notes in which order that will want
+    the others. What is kept would go stale, and what is noted would have the next backward pass gather weights that
+    it does not want.
+    """
+    for module in model.modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        module.reshard()
+        state: Any = module._get_fsdp_state()
+        # one group or None until torch 2.12, a list of groups since; there is no public way to it (2.13)
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            if group is not None:
+                group._post_forward_indices.clear()
+        if hasattr(state._comm_ctx, "post_forward_order"):
+            state._comm_ctx.post_forward_order.clear()

@@ -28,6 +28,7 @@ from torch.distributed.pipelining.schedules import (
 from torch.distributed.tensor import DTensor
 
 from titan.config.schema import PipelineSchedule
+from titan.data.loader import Batch
 from titan.models.decoder import Decoder
 
 
@@ -164,3 +165,59 @@ def run_pipeline(pipeline: Pipeline, tokens: Tensor, labels: Tensor, starts: Ten
     if losses:
         return torch.stack([loss.detach() for loss in losses]).sum()
     return torch.zeros((), device=tokens.device)
+
+
+@dataclass(frozen=True)
+class ForwardPipeline:
+    """This rank's stages, to be run without a backward pass, whatever the schedule of training is.
+
+    Not through PyTorch's schedules, whose `eval` makes the stages agree anew on what they send, at every change from
+    training to it and back (2.13), and whose orders are made for a backward pass. Here all stages work in step: in
+    each tick every stage passes a microbatch through, and then all hand on what they have, in one exchange.
+    """
+
+    parts: dict[int, nn.Module]
+    """This rank's, by the number of the stage, ascending."""
+    owners: list[int]
+    """The pipeline rank that has each stage."""
+    group: dist.ProcessGroup
+    """The ranks of the pipeline."""
+    microbatches: int
+    """Into how many a micro-batch of the data is cut."""
+    hidden: Tensor
+    """What stages hand on of one pipeline microbatch, on meta."""
+    loss_sum: Callable[[Tensor, Tensor], Tensor]
+    """Logits (N, V) and labels (N,) in, the sum of cross-entropies out."""
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Batch]) -> Tensor:
+        """Return the sum of these micro-batches' losses on the rank of the last stage, zero elsewhere. Shape: ()."""
+        pieces = [piece for batch in batches for piece in batch.chunk(self.microbatches)]
+        device, last = batches[0].tokens.device, len(self.owners) - 1
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        arrived: dict[int, Tensor] = {}
+        for tick in range(len(pieces) + last):
+            arriving: dict[int, Tensor] = {}
+            exchange: list[dist.P2POp] = []
+            for stage, part in self.parts.items():
+                if not 0 <= tick - stage < len(pieces):
+                    continue
+                piece = pieces[tick - stage]
+                out = part(piece.tokens if stage == 0 else arrived[stage], piece.starts)
+                if stage == last:
+                    total += self.loss_sum(out.flatten(0, -2), piece.labels.flatten())
+                elif stage + 1 in self.parts:
+                    arriving[stage + 1] = out
+                else:
+                    exchange.append(self._exchange(dist.isend, out.contiguous(), stage + 1))
+            for stage in self.parts:
+                if stage and stage - 1 not in self.parts and 0 <= tick + 1 - stage < len(pieces):
+                    arriving[stage] = torch.empty_like(self.hidden, device=device, requires_grad=False)
+                    exchange.append(self._exchange(dist.irecv, arriving[stage], stage - 1))
+            for work in dist.batch_isend_irecv(exchange) if exchange else ():
+                work.wait()
+            arrived = arriving
+        return total
+
+    def _exchange(self, what: Callable[..., Any], tensor: Tensor, stage: int) -> dist.P2POp:
+        return dist.P2POp(what, tensor, dist.get_global_rank(self.group, self.owners[stage]), self.group)

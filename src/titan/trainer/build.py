@@ -14,9 +14,10 @@ from titan.checkpoint.store import CheckpointStore
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
 from titan.config.schema import CheckpointMode, TitanConfig
 from titan.data.batch import RowOrder
+from titan.data.held_out import HeldOutRows
 from titan.data.loader import PackedRows, Share
 from titan.data.packing import PackedTokens, pack_tokens
-from titan.data.tokenizer import build_tokenizer
+from titan.data.tokenizer import Tokenizer, build_tokenizer
 from titan.errors import ConfigError
 from titan.log import logger
 from titan.models.decoder import Decoder
@@ -29,7 +30,7 @@ from titan.run_directory import RunDirectory
 from titan.trainer.device import device_name, seed_generators
 from titan.trainer.model import build_model
 from titan.trainer.state import TrainState
-from titan.trainer.step import ForwardBackward
+from titan.trainer.step import Evaluate, ForwardBackward
 
 _NO_LIMIT_SECONDS = 10 * 365 * 24 * 3600
 
@@ -51,6 +52,7 @@ class Trainer:
     """Those of the parameters whose original is on another pipeline stage."""
     optimizer: torch.optim.Optimizer
     forward_backward: ForwardBackward
+    evaluate: Evaluate
     packed: PackedTokens
     rows: PackedRows
     share: Share
@@ -62,6 +64,8 @@ class Trainer:
     """The step of the run's own checkpoint that it goes on from, if there is one."""
     run_identity: str = ""
     """What the run's checkpoints carry."""
+    held_out: HeldOutRows | None = None
+    """What is validated on, if anything is."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -69,13 +73,16 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.training.seq_len
 
 
-def build_trainer(config: TitanConfig, device: torch.device, packed: PackedTokens) -> Trainer:
+def build_trainer(
+    config: TitanConfig, device: torch.device, packed: PackedTokens, held_out: PackedTokens | None = None
+) -> Trainer:
     """Return a trainer with initial weights; the default process group must be there.
 
     Args:
         config: Resolved.
         device: This rank's.
         packed: The data.
+        held_out: What to validate on; None never validates, whatever the config says.
 
     Raises:
         ConfigError: If the ranks are not as many as the config says.
@@ -112,12 +119,15 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
         model.copies,
         optimizer,
         model.forward_backward,
+        model.evaluate,
         packed,
         rows,
         Share(order, config.training.local_batch_size, mesh.data_rank, mesh.data_ranks),
         _positions(config, mesh),
         store,
     )
+    if held_out is not None:
+        trainer.held_out = build_validation_rows(config, held_out, tokenizer)
     for line in describe_trainer(trainer, model.applied):
         logger.info(line)
     return trainer
@@ -135,6 +145,23 @@ def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:
     tokenizer = build_tokenizer(config.tokenizer)
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
     return pack_tokens(config.data, config.data.cache_dir, tokenizer, is_writer, config.cluster.timeout_seconds)
+
+
+def load_held_out_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens | None:
+    """Return the tokenised text to validate on, if the config validates; before the process group is there too."""
+    settings = config.validation
+    if not settings.interval or settings.data is None:
+        return None
+    assert config.data.cache_dir is not None, "resolved before the config was frozen"
+    tokenizer = build_tokenizer(config.tokenizer)
+    return pack_tokens(settings.data, config.data.cache_dir, tokenizer, is_writer, config.cluster.timeout_seconds)
+
+
+def build_validation_rows(config: TitanConfig, held_out: PackedTokens, tokenizer: Tokenizer) -> HeldOutRows:
+    """Return the rows to validate on: made of the held-out text as the rows to train on are of theirs."""
+    document_start = tokenizer.bos if config.data.mask_documents else None
+    rows = PackedRows(held_out, config.training.seq_len, padding=tokenizer.eos, document_start=document_start)
+    return HeldOutRows(rows, config.validation.rows)
 
 
 def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
@@ -173,6 +200,15 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
             f"{training.steps * training.global_batch_size / rows:.3g} epochs",
         )
     )
+    if trainer.held_out is not None:
+        count, whole = len(trainer.held_out), len(trainer.held_out.rows)
+        lines.append(
+            (
+                "validation",
+                f"{count:,} row{'s' * (count != 1)}{f' of {whole:,}' * (count < whole)}, every "
+                f"{config.validation.interval:,} steps and after the last",
+            )
+        )
     lines += [("applied", line) for line in applied]
     absent = [
         name
@@ -181,6 +217,7 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
             ("float8", config.float8.recipe.name != "none"),
             ("activation checkpointing", config.activation_checkpoint.mode.name != "none"),
             ("checkpoints", trainer.store is not None),
+            ("validation", trainer.held_out is not None),
             ("deterministic algorithms", training.deterministic),
         )
         if not is_on

@@ -1,4 +1,4 @@
-"""fit: for every step, batch → forward and backward → clip → optimizer → metrics → checkpoint."""
+"""fit: for every step, batch → forward and backward → clip → optimizer → metrics → checkpoint → validation."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from titan.trainer.profile import Profile
 from titan.trainer.saving import Saver, Wishes
 from titan.trainer.spikes import Ledger
 from titan.trainer.step import StepResult, train_step
+from titan.trainer.validation import Validator
 from titan.trainer.watchdog import Watchdog
 
 
@@ -41,7 +42,9 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         The loss of the last step, or None where there was nothing left to do.
 
     Raises:
-        Stopped: After a warning, on every rank after the same step, once that is saved.
+        Stopped: After a warning, on every rank after the same step, once that is saved; in a validation, which the
+            run then does when it goes on.
+        DataError: If the held-out text has nothing to predict.
         NonFiniteError: At a spike that `fault_tolerance.on_spike` does not get over.
         StorageError: When saving has failed `checkpoint.max_failures` times in a row.
     """
@@ -54,6 +57,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         sinks = open_sinks(trainer)
         for sink in sinks:
             stack.callback(sink.close)
+        validator = Validator(trainer, meter, sinks, watchdog, lambda: end_if_told(trainer, saver, warning))
         collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
         profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
         result = None
@@ -62,6 +66,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         if config.checkpoint.save_initial and trainer.state.step == 0:
             save_surely(trainer, saver, watchdog, warning)
         while (state := trainer.state).step < steps:
+            validator.run_if_due()
             if state.step + 1 in ledger.steps:
                 state.step += 1
             else:
@@ -75,6 +80,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                         batches = steps_of_batches(trainer, meter, ledger.steps)
                         for sink in sinks:
                             sink.rewind(trainer.state.step)
+                        validator.rewind(trainer.state.step)
                     continue
                 meter.steps += 1
                 if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
@@ -88,7 +94,10 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                 saver.after_step(wishes)
             profile.step()
             collector.step(state.step)
+        if config.checkpoint.last_content is CheckpointContent.weights:  # from which no validation could go on
+            validator.run_if_due()
         save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)
+        validator.run_if_due()
     if dist.get_rank() == 0 and result is not None:
         bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
         logger.info(
@@ -122,6 +131,17 @@ def save_surely(
                 raise Stopped(signal.Signals(told).name, trainer.state.step, saver.saved_step)
             time.sleep(min(1.0, seconds))
             seconds -= 1.0
+
+
+def end_if_told(trainer: Trainer, saver: Saver, warning: Callable[[], int]) -> None:
+    """Save the step in hand and end, if any rank has been told to stop; all ranks take part.
+
+    Raises:
+        Stopped: After a warning.
+    """
+    told, _ = agree(trainer, warning(), Wishes())
+    if told:
+        raise Stopped(signal.Signals(told).name, trainer.state.step, saver.save_now())
 
 
 def open_sinks(trainer: Trainer) -> list[JsonLines | Console]:

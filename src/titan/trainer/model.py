@@ -16,10 +16,17 @@ from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily
 from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_parameters
 from titan.parallel.mesh import Mesh
-from titan.parallel.pipeline import Pipeline, TiedEmbedding, build_pipeline, run_pipeline, split_model
+from titan.parallel.pipeline import (
+    ForwardPipeline,
+    Pipeline,
+    TiedEmbedding,
+    build_pipeline,
+    run_pipeline,
+    split_model,
+)
 from titan.parallel.tensor import vocab_parallel_cross_entropy
 from titan.trainer.loss import LossSum, cross_entropy_sum, loss_share
-from titan.trainer.step import ForwardBackward, build_forward_backward
+from titan.trainer.step import Evaluate, ForwardBackward, build_evaluate, build_forward_backward
 
 Fill = Callable[[Decoder, ModelFamily, int, torch.device, torch.device], None]
 """Gives a model's parameters their values: `init_weights`, or what a simulation does instead."""
@@ -32,6 +39,7 @@ class BuiltModel:
     parts: list[Decoder]
     """One, or this rank's stages of the pipeline."""
     forward_backward: ForwardBackward
+    evaluate: Evaluate
     applied: list[str]
     """What was done to it, as lines for the log."""
 
@@ -69,7 +77,8 @@ def build_model(
         loss_sum = partial(vocab_parallel_cross_entropy, group=mesh.tp.get_group())
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
-        return BuiltModel([whole], build_forward_backward(whole, loss_sum), applied)
+        seams = build_forward_backward(whole, loss_sum), build_evaluate(whole, loss_sum)
+        return BuiltModel([whole], *seams, applied)
 
     settings, stage_group = config.parallelism, mesh.stage_group
     assert stage_group is not None, "pp > 1"
@@ -82,6 +91,7 @@ def build_model(
     parts = [split_model(whole, plan[index]) for index in indices]
     applied, *_ = [_finish(part, family, config, mesh, device, fill) for part in parts]
     microbatches = pipeline_microbatches(config)
+    shapes = stage_shapes(config, microbatches)
     seam = PipelineForwardBackward(loss_sum)
     seam.pipeline = build_pipeline(
         parts,
@@ -92,8 +102,17 @@ def build_model(
         microbatches,
         stage_group,
         device,
-        stage_shapes(config, microbatches),
+        shapes,
         seam.loss,
+    )
+    owner = {stage: rank for rank, own in enumerate(ranks) for stage in own}
+    forward = ForwardPipeline(
+        dict(zip(indices, parts, strict=True)),
+        [owner[stage] for stage in range(n_stages)],
+        stage_group,
+        microbatches,
+        shapes[1],
+        loss_sum,
     )
     if config.model.tie_embeddings:
         first, last = (next(rank for rank, own in enumerate(ranks) if stage in own) for stage in (0, n_stages - 1))
@@ -108,7 +127,7 @@ def build_model(
     name = settings.pp_schedule_csv or settings.pp_schedule.name
     stages = "; ".join(f"stage {index}: {describe_modules(stage)}" for index, stage in enumerate(plan))
     applied.append(f"pipeline {name}, {microbatches} microbatches, {stages}")
-    return BuiltModel(parts, seam, applied)
+    return BuiltModel(parts, seam, forward.run, applied)
 
 
 class PipelineForwardBackward:

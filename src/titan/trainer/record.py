@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from titan.data.packing import PackedTokens
 from titan.errors import StorageError
 from titan.trainer.build import Trainer, build_trainer
 from titan.trainer.loop import build_meter, run_step, steps_of_batches
+from titan.trainer.validation import validate
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Record:
     """Of the first step, whole and after clipping, by the parameter's name."""
     weights: dict[str, Tensor]
     """After the last step, whole."""
+    validation_losses: list[float] = field(default_factory=list)
+    """After the first and the last step, in nats a token; empty where there was nothing to validate on."""
 
     def save(self, path: Path) -> None:
         """Write to a file."""
@@ -73,7 +76,11 @@ class Difference:
 
 
 def record_run(
-    config: TitanConfig, device: torch.device, packed: PackedTokens, steps: int | None = None
+    config: TitanConfig,
+    device: torch.device,
+    packed: PackedTokens,
+    steps: int | None = None,
+    held_out: PackedTokens | None = None,
 ) -> Record | None:
     """Train some steps of a config and return what they did, on rank 0; None on all other ranks.
 
@@ -82,20 +89,25 @@ def record_run(
         device: This rank's.
         packed: The data.
         steps: How many; None for all.
+        held_out: What to validate on, whatever interval the config says.
     """
-    trainer = build_trainer(config, device, packed)
+    trainer = build_trainer(config, device, packed, held_out)
     batches = steps_of_batches(trainer, build_meter(trainer))
     losses: list[float] = []
     norms: list[float] = []
     gradients: dict[str, Tensor] = {}
-    for step in range(config.training.steps if steps is None else steps):
+    validation_losses: list[float] = []
+    steps = config.training.steps if steps is None else steps
+    for step in range(steps):
         result, _ = run_step(trainer, next(batches))
         losses.append(result.loss)
         norms.append(result.grad_norm)
         if step == 0:
             gradients = _gather({name: p.grad for name, p in trainer.parameters if p.grad is not None})
+        if trainer.held_out is not None and step in (0, steps - 1):
+            validation_losses.append(validate(trainer, trainer.held_out).loss)
     weights = _gather({name: p.detach() for name, p in trainer.parameters})
-    return Record(losses, norms, gradients, weights) if dist.get_rank() == 0 else None
+    return Record(losses, norms, gradients, weights, validation_losses) if dist.get_rank() == 0 else None
 
 
 def save_copy(trainer: Trainer, folder: Path) -> None:

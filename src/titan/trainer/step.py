@@ -21,6 +21,12 @@ ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
 The one seam between a model that runs whole and one that runs as a pipeline: chosen once, when the trainer is built.
 """
 
+Evaluate = Callable[[Sequence[Batch]], Tensor]
+"""Micro-batches in, the sum of their losses on this rank out (a pipeline's rank without the last stage has none).
+
+The same seam without a backward pass.
+"""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -44,6 +50,19 @@ def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackwa
             loss = loss_share(model(batch.tokens, batch.starts), batch.labels, valid_tokens, loss_sum)
             loss.backward()
             total += loss.detach()
+        return total
+
+    return run
+
+
+def build_evaluate(model: nn.Module, loss_sum: LossSum) -> Evaluate:
+    """Return the seam without a backward pass, for a model that runs whole."""
+
+    @torch.no_grad()
+    def run(batches: Sequence[Batch]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+        for batch in batches:
+            total += loss_sum(model(batch.tokens, batch.starts).flatten(0, -2), batch.labels.flatten())
         return total
 
     return run

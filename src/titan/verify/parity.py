@@ -191,6 +191,7 @@ def build_layout(
         cluster=replace(cluster, nodes=1, devices_per_node=ranks, device=Device.cpu),
         checkpoint=checkpoint or CheckpointConfig(mode=CheckpointMode["disabled"]),
         profiling=replace(config.profiling, enable=False),
+        validation=replace(config.validation, interval=0),
     )
     if shrink:
         config = shrink_config(config, also)

@@ -31,6 +31,8 @@ _BEFORE = {
     "load": ("titan.checkpoint.store", "CheckpointStore.load"),
     "ledger": ("titan.run_directory", "RunDirectory.append_ledger"),
     "row": ("titan.data.loader", "PackedRows.__getitem__"),
+    "validation": ("titan.trainer.validation", "validate"),
+    "validated_rows": ("titan.trainer.loop", "end_if_told"),
 }
 _AFTER = {
     "moved": ("titan.trainer.loop", "run_step"),
