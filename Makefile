@@ -14,8 +14,9 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# Whole files side by side: one keeps the processors busy with sixteen ranks while others wait for their processes.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile
 
 # A real SLURM cluster of four nodes on this machine: needs root and Debian's packages, which it installs.
 test-slurm: $(INSTALLED)
