@@ -98,9 +98,9 @@ def test_killed_or_stopped_while_it_validates(
 ) -> None:
     """A validation costs no step, for it comes after the save; it is done once, by the attempt that goes on."""
     held_out = here / "held_out.txt"
-    held_out.write_text("the lazy dog sleeps\n" * 60)  # 37 rows of 32: ten rounds of two ranks' two, in three parts
+    held_out.write_text("the lazy dog sleeps\n" * 60)  # 38 rows of 32: ten rounds of two ranks' two, in three parts
     words = ["validation=text", f"validation.data.path={held_out}", f"validation.interval={INTERVAL}"]
-    reference = undisturbed(90, *words)
+    reference = undisturbed(39, *words)  # at most six steps an attempt, and nine the first
     run = make_run(reference, "checkpoint=sync", *words)
     for case in shuffled(draw, *cases.VALIDATION):
         moment = Moment(run.draw, run.newest(), INTERVAL, run.reference.shard_bytes)
