@@ -27,7 +27,7 @@ from typing import Any
 
 from titan.config.degrees import world_size
 from titan.config.files import fixed_part
-from titan.config.schema import ClusterConfig, Device, TitanConfig
+from titan.config.schema import ClusterConfig, Device, TitanConfig, TokenizerKind
 from titan.errors import ConfigError, Problem, TitanError
 from titan.launch.jobs import SlurmJob
 from titan.launch.signals import hold_warnings
@@ -324,7 +324,10 @@ def _mounts(config: TitanConfig, mounted: Path) -> list[str]:
     given = config.cluster.container_mounts
     inside = [mount.split(":")[1 if ":" in mount else 0].rstrip("/") for mount in given]
     named = [str(mounted), config.data.cache_dir, fixed_part(config.data.path) if config.data.path else None]
-    named += [config.tokenizer.path, config.checkpoint.initial_load, config.parallelism.pp_schedule_csv]
+    tokenizer = config.tokenizer.path
+    if tokenizer is not None and config.tokenizer.kind is TokenizerKind.huggingface and Path(tokenizer).is_file():
+        tokenizer = str(Path(tokenizer).parent)  # with the settings beside it, which count too
+    named += [tokenizer, config.checkpoint.initial_load, config.parallelism.pp_schedule_csv]
     own = [path for path in filter(None, named) if not any(f"{path}/".startswith(f"{folder}/") for folder in inside)]
     return [f"{path}:{path}" for path in dict.fromkeys(own)] + given
 
