@@ -25,6 +25,7 @@ def here(here: Path) -> Path:
     (here / "empty.model").write_text("")
     ranks = [f"{base64.b64encode(bytes([value])).decode()} {value}\n" for value in range(256)]
     (here / "tokenizer.model").write_text("".join(ranks))
+    (here / "tokenizer.json").write_text('{"model": {"vocab": {"<s>": 0, "</s>": 5000}}}')
     (here / "a_file").write_text("")
     (here / "two.csv").write_text("0F0,,,0B0\n,1F0,1B0,\n")
     (here / "words.csv").write_text("0F0,0B0\n1F0,what\n")
@@ -407,6 +408,36 @@ MISTAKES = {
         "tokenizer=tiktoken tokenizer.path=tokenizer.model model.vocab_size=300",
         "tokenizer=tiktoken has 512 tokens, but model.vocab_size = 300",
         "Try  model.vocab_size=512",
+    ),
+    "more tokens than rows, of the package": (
+        "tokenizer=llama3",
+        "tokenizer=llama3 has 128,256 tokens, but model.vocab_size = 2,048",
+        "Try  model.vocab_size=128256",
+    ),
+    "more tokens than rows, of a tokenizer.json": (
+        "tokenizer=huggingface tokenizer.path=tokenizer.json",
+        "tokenizer=huggingface has 5,001 tokens, but model.vocab_size = 2,048",
+        "Try  model.vocab_size=5001",
+    ),
+    "a tokenizer of another kind": (
+        "tokenizer=sentencepiece tokenizer.path=tokenizer.model",
+        "is not a SentencePiece model",
+        "Try  tokenizer=tiktoken tokenizer.path=",
+    ),
+    "a folder without a tokenizer": (
+        "tokenizer=huggingface tokenizer.path=documents",
+        "holds no tokenizer.json",
+        "Try  tokenizer.path=/path/to/folder/with/tokenizer.json",
+    ),
+    "a tokenizer that the package brings": (
+        "tokenizer=llama3 tokenizer.path=tokenizer.model",
+        "tokenizer=llama3 reads the file that llama-models ships",
+        "Try  tokenizer=tiktoken tokenizer.path=",
+    ),
+    "another tokenizer than was said": (
+        "tokenizer.fingerprint=0123",
+        "tokenizer=bytes is not the tokenizer with tokenizer.fingerprint = 0123",
+        "tokenizer.fingerprint=null",
     ),
     "a run directory without a name": ("run.dir=", "run.dir is empty", "Try  run.dir=runs/NAME"),
     "a run directory that is a file": ("run.dir=a_file", "a_file cannot be written", "Try  run.dir="),

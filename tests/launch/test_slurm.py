@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
+from tests.data.vocabulary import write_json_tokenizer
 from tests.support.command import FAULT, REPOSITORY, TINY
 from titan.config.check import check_config
 from titan.config.degrees import Machine
@@ -435,3 +436,12 @@ def test_an_entry_of_a_table_needs_a_plus(titan: Command) -> None:
     assert finished.code == 2
     assert "1 problem" in finished.err
     assert "Try  +cluster.environment.NCCL_DEBUG=INFO" in finished.err
+
+
+def test_a_container_sees_what_lies_beside_a_tokenizer_json(tmp_path: Path) -> None:
+    """The settings beside it say which tokens begin and end a text, so its folder is mounted and not the file alone."""
+    path = write_json_tokenizer(tmp_path / "folder") / "tokenizer.json"
+    chosen = ("cluster.container_image=image", "cluster.python=python3", "tokenizer=huggingface")
+    mounts = srun(script(*chosen, f"tokenizer.path={path}"))
+    assert f"{path.parent}:{path.parent}" in mounts
+    assert f"{path}:{path}" not in mounts

@@ -27,7 +27,7 @@ from typing import Any
 
 from titan.config.degrees import world_size
 from titan.config.files import fixed_part
-from titan.config.schema import ClusterConfig, Device, TitanConfig
+from titan.config.schema import ClusterConfig, Device, TitanConfig, TokenizerKind
 from titan.errors import ConfigError, Problem, TitanError
 from titan.launch.jobs import SlurmJob
 from titan.launch.signals import hold_warnings
@@ -323,9 +323,14 @@ def _mounts(config: TitanConfig, mounted: Path) -> list[str]:
     """Return what a container has to see: the user's own mounts, and what the config names if they do not have it."""
     given = config.cluster.container_mounts
     inside = [mount.split(":")[1 if ":" in mount else 0].rstrip("/") for mount in given]
-    sources = [source for source in (config.data, config.validation.data) if source is not None]
+    parts = [config.data, config.validation.data, *config.data.components.values()]
+    sources = [source for source in parts if source is not None]
     named = [str(mounted), config.data.cache_dir, *(fixed_part(each.path) for each in sources if each.path)]
-    named += [config.tokenizer.path, config.checkpoint.initial_load, config.parallelism.pp_schedule_csv]
+    named += [each.dataset for each in sources if each.dataset is not None and Path(each.dataset).is_dir()]
+    tokenizer = config.tokenizer.path
+    if tokenizer is not None and config.tokenizer.kind is TokenizerKind.huggingface and Path(tokenizer).is_file():
+        tokenizer = str(Path(tokenizer).parent)  # with the settings beside it, which count too
+    named += [tokenizer, config.checkpoint.initial_load, config.parallelism.pp_schedule_csv]
     own = [path for path in filter(None, named) if not any(f"{path}/".startswith(f"{folder}/") for folder in inside)]
     return [f"{path}:{path}" for path in dict.fromkeys(own)] + given
 
