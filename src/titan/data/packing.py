@@ -162,8 +162,9 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     digest, total, longest = xxhash.xxh3_128(), 0, 0
     try:
         with temporary.open("wb") as file:
-            for text in source:
-                tokens = tokenizer.encode(text)
+            for document in source:
+                assert isinstance(document.content, str)
+                tokens = tokenizer.encode(document.content)
                 piece = tokens.astype(dtype).tobytes()
                 file.write(piece)
                 digest.update(piece)
