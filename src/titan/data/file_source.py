@@ -19,7 +19,7 @@ import zstandard
 
 from titan.config.files import COMPRESSIONS
 from titan.config.schema import DataKind, SourceConfig
-from titan.data.shard import Document, Shard
+from titan.data.shard import Document, Shard, field_of
 
 PIECE_BYTES = 64 << 20
 """The size of a piece of a file; a change changes where every document is found."""
@@ -69,14 +69,14 @@ class TextShard(Shard):
             with _open(self.path) as stream:
                 content = b"".join(iter(lambda: stream.read(_BLOCK_BYTES), b""))
         except _UNREADABLE as error:
-            self._refuse(0, _reason(error), "unreadable file")
+            self.refuse(0, _reason(error), "unreadable file")
             return
         try:
             yield Document(content.decode("utf-8"), 0)
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             message = f"not UTF-8 ({error.reason} at byte {error.start})"
-            self._refuse_at(lambda: f"{self.path}, line {line}", message, "not UTF-8")
+            self.refuse_at(lambda: f"{self.path}, line {line}", message, "not UTF-8")
 
 
 @dataclass
@@ -99,7 +99,7 @@ class LinesShard(Shard):
             try:
                 line = next(lines, None)
             except _UNREADABLE as error:
-                self._refuse_at(partial(self._after, record), _reason(error), "unreadable file")
+                self.refuse_at(partial(self._after, record), _reason(error), "unreadable file")
                 return
             if line is None:
                 return
@@ -111,13 +111,13 @@ class LinesShard(Shard):
         try:
             values = json.loads(line)
         except UnicodeDecodeError as error:
-            return self._refuse(record, f"not UTF-8 ({error.reason} at byte {error.start})", "not UTF-8")
+            return self.refuse(record, f"not UTF-8 ({error.reason} at byte {error.start})", "not UTF-8")
         except (ValueError, RecursionError) as error:
-            return self._refuse(record, f"broken JSON ({error})", "broken JSON")
+            return self.refuse(record, f"broken JSON ({error})", "broken JSON")
         if not isinstance(values, dict):
-            name = self._field
-            return self._refuse(record, f"no field {name!r} (it is no object)", f"no field {name!r}", self._naming)
-        yield from self._pick(values, record)
+            name = field_of(self.config)
+            return self.refuse(record, f"no field {name!r} (it is no object)", f"no field {name!r}", self.naming)
+        yield from self.pick(values, record)
 
     def _open_lines(self) -> Iterator[bytes]:
         with _open(self.path) as stream:

@@ -68,49 +68,54 @@ class Shard:
         raise NotImplementedError
 
     @property
-    def _field(self) -> str:
-        is_chat = self.config.format is RecordFormat.chat
-        return self.config.messages_field if is_chat else self.config.text_field
-
-    @property
-    def _naming(self) -> str:
+    def naming(self) -> str:
+        """What to type to read another field."""
         return f"data.{'messages' if self.config.format is RecordFormat.chat else 'text'}_field=NAME"
 
-    def _pick(self, values: Mapping[str, Any], record: int) -> Iterator[Document]:
+    def pick(self, values: Mapping[str, Any], record: int) -> Iterator[Document]:
         """Yield what a record holds under the field that is to be read; nothing where that is refused."""
-        name = self._field
+        name = field_of(self.config)
         if name not in values:
             there = f"it has {', '.join(map(repr, values))}"
-            return self._refuse(record, f"no field {name!r} ({there})", f"no field {name!r}", self._naming)
+            return self.refuse(record, f"no field {name!r} ({there})", f"no field {name!r}", self.naming)
         content = values[name]
         if self.config.format is RecordFormat.chat:
             if wrong := _wrong_messages(content):
-                return self._refuse(
+                return self.refuse(
                     record, f"field {name!r} is no conversation: {wrong}", f"{name!r} is no conversation"
                 )
         elif not isinstance(content, str):
             kind = type(content).__name__
-            return self._refuse(record, f"field {name!r} is of type {kind}, not text", f"{name!r} is not text")
+            return self.refuse(record, f"field {name!r} is of type {kind}, not text", f"{name!r} is not text")
         yield Document(content, record)
 
-    def _refuse(self, record: int, message: str, reason: str, naming: str = "") -> None:
-        """Refuse a record.
+    def refuse(self, record: int, message: str, reason: str, naming: str = "") -> None:
+        """Refuse a record; see `refuse_at`."""
+        self.refuse_at(lambda: self.locate(record), message, reason, naming)
+
+    def refuse_at(self, locate: Callable[[], str], message: str, reason: str, naming: str = "") -> None:
+        """Raise, or count where bad documents are to be skipped.
 
         Args:
-            record: Which.
+            locate: Returns where it is; only asked for an error.
             message: What is wrong with it, for an error.
             reason: The same, to count it under.
             naming: What to type to read another field.
-        """
-        self._refuse_at(lambda: self.locate(record), message, reason, naming)
 
-    def _refuse_at(self, locate: Callable[[], str], message: str, reason: str, naming: str = "") -> None:
+        Raises:
+            DataError: Unless bad documents are to be skipped.
+        """
         if self.config.bad_documents is BadDocuments.error:
             hint = "data.bad_documents=skip leaves such documents out, counted and reported"
             if naming:
                 hint = f"{naming} names the field to read; {hint}"
             raise DataError(f"{locate()}: {message}\n  {hint}")
         self.skipped[reason] += 1
+
+
+def field_of(config: SourceConfig) -> str:
+    """Return the field of a record that holds the document."""
+    return config.messages_field if config.format is RecordFormat.chat else config.text_field
 
 
 def count_bytes(content: Content) -> int:

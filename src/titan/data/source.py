@@ -55,13 +55,31 @@ def open_source(config: SourceConfig, streaming: bool = False) -> Source:
         streaming: Whether a dataset of the hub is read while it is fetched, instead of after.
 
     Raises:
-        DataError: If there is no file.
+        DataError: If there is nothing to read, or the dataset cannot be had.
+    """
+    if config.kind in (DataKind.huggingface, DataKind.parquet, DataKind.arrow):
+        from titan.data.table_source import open_tables  # which takes seconds to import
+
+        files = [] if config.kind is DataKind.huggingface else source_files(config)
+        shards = open_tables(config, files, streaming)
+        return Source(config, shards, files)
+    files = source_files(config)
+    return Source(config, file_shards(config, files), files)
+
+
+def source_files(config: SourceConfig) -> list[Path]:
+    """Return the files that a config stands for, sorted; those of a dataset in a local folder too.
+
+    Raises:
+        DataError: If there is none.
     """
     if config.kind is DataKind.python_stdlib:
-        files = find_standard_library()
-    else:
-        assert config.path is not None, "checked before anything was started"
-        files = find_files(config.path, config.kind.name)
+        return find_standard_library()
+    if config.kind is DataKind.huggingface:
+        assert config.dataset is not None, "checked before anything was started"
+        return find_files(config.dataset, "text") if Path(config.dataset).is_dir() else []
+    assert config.path is not None, "checked before anything was started"
+    files = find_files(config.path, config.kind.name)
     if not files:
         raise DataError(f"no files to read for data={config.kind.name}, data.path={config.path}")
-    return Source(config, file_shards(config, files), files)
+    return files
