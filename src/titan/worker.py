@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
-    from titan.data.packing import PackedTokens
+    from titan.data.rows import Rows
     from titan.trainer.build import Trainer
 
 _LEAVE_SECONDS = 10.0
@@ -324,7 +324,7 @@ def train(
     return loss
 
 
-def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, PackedTokens]:
+def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, Rows]:
     """Make this rank's device and data ready and start the default process group.
 
     Args:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from titan.data.batch import RowOrder, count_rows, find_starts, read_row
-from titan.data.packing import PackedTokens, TokenFile
+from titan.data.batch import Order
+from titan.data.rows import Row, Rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Batch:
 class Share:
     """What one data rank takes of every step."""
 
-    order: RowOrder
+    order: Order
     local_batch_size: int
     data_rank: int
     data_ranks: int
@@ -63,32 +63,6 @@ class Share:
         rows = self.order.rows_of_step(step)
         shaped = rows.reshape(-1, self.data_ranks, self.local_batch_size)
         return shaped[:, self.data_rank].tolist()
-
-
-class PackedRows(Dataset[tuple[np.ndarray, ...]]):
-    """The rows of tokenised text, by number.
-
-    Args:
-        packed: The text.
-        seq_len: Tokens of a row.
-        padding: The token that fills the last row.
-        document_start: The token that every document begins with, to tell documents apart; None leaves them together.
-    """
-
-    def __init__(self, packed: PackedTokens, seq_len: int, padding: int, document_start: int | None = None) -> None:
-        self.packed, self.seq_len, self.padding, self.document_start = packed, seq_len, padding, document_start
-        self._tokens: TokenFile | None = None
-
-    def __len__(self) -> int:
-        return count_rows(self.packed.tokens, self.seq_len)
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, ...]:
-        if self._tokens is None:  # each worker opens the file itself
-            self._tokens = self.packed.open()
-        inputs, labels = read_row(self._tokens, row, self.seq_len, self.padding)
-        if self.document_start is None:
-            return inputs, labels
-        return inputs, labels, find_starts(inputs, self.document_start)
 
 
 class _Steps(Sampler[list[int]]):
@@ -102,7 +76,7 @@ class _Steps(Sampler[list[int]]):
 
 
 def build_loader(
-    rows: PackedRows,
+    rows: Rows,
     share: Share,
     first_step: int,
     last_step: int,
@@ -112,7 +86,7 @@ def build_loader(
 ) -> Iterable[Batch]:
     """Return this rank's micro-batches of steps [first_step, last_step), counted from 0, in order; some left out."""
     return DataLoader(  # type: ignore[return-value]
-        rows,
+        rows,  # type: ignore[arg-type]
         batch_sampler=_Steps(share, first_step, last_step, left_out),
         num_workers=num_workers,
         collate_fn=collate,
@@ -132,6 +106,8 @@ def _leave_stopping_to_the_rank(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def collate(rows: list[tuple[np.ndarray, ...]]) -> Batch:
-    """Stack rows into a batch."""
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+def collate(rows: Row | list[Row]) -> Batch:
+    """Make a batch of rows that were read together, or one by one."""
+    if isinstance(rows, list):
+        rows = Row(*(None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)))  # type: ignore[arg-type]
+    return Batch(*(None if column is None else torch.from_numpy(column) for column in rows))  # type: ignore[arg-type]

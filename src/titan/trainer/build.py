@@ -13,9 +13,10 @@ from titan.checkpoint.state import NamedParameters
 from titan.checkpoint.store import CheckpointStore
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
 from titan.config.schema import CheckpointMode, TitanConfig
-from titan.data.batch import RowOrder
-from titan.data.loader import PackedRows, Share
-from titan.data.packing import PackedTokens, pack_tokens
+from titan.data.loader import Share
+from titan.data.mixture import MixtureRows, Preparation, load_rows
+from titan.data.prepare import Progress, describe_progress
+from titan.data.rows import Rows
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import ConfigError
 from titan.log import logger
@@ -51,8 +52,7 @@ class Trainer:
     """Those of the parameters whose original is on another pipeline stage."""
     optimizer: torch.optim.Optimizer
     forward_backward: ForwardBackward
-    packed: PackedTokens
-    rows: PackedRows
+    rows: Rows
     share: Share
     positions: Tensor | None
     """Which positions of every row this rank has; None for all."""
@@ -69,13 +69,13 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.training.seq_len
 
 
-def build_trainer(config: TitanConfig, device: torch.device, packed: PackedTokens) -> Trainer:
+def build_trainer(config: TitanConfig, device: torch.device, rows: Rows) -> Trainer:
     """Return a trainer with initial weights; the default process group must be there.
 
     Args:
         config: Resolved.
         device: This rank's.
-        packed: The data.
+        rows: The data.
 
     Raises:
         ConfigError: If the ranks are not as many as the config says.
@@ -88,10 +88,7 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
     family = load_family(config.model.family)
     model = build_model(config, family, mesh, device)
     optimizer = build_optimizer(model.parameters, config.optimizer, device)
-    tokenizer = build_tokenizer(config.tokenizer)
-    document_start = tokenizer.bos if config.data.mask_documents else None
-    rows = PackedRows(packed, config.training.seq_len, padding=tokenizer.eos, document_start=document_start)
-    order = RowOrder(len(rows), config.training.global_batch_size, config.training.seed)
+    order = rows.order(config.training.global_batch_size, config.training.seed)
     directory = RunDirectory(Path(config.run.dir))
     store = None
     if config.checkpoint.mode is not CheckpointMode.disabled:
@@ -112,7 +109,6 @@ def build_trainer(config: TitanConfig, device: torch.device, packed: PackedToken
         model.copies,
         optimizer,
         model.forward_backward,
-        packed,
         rows,
         Share(order, config.training.local_batch_size, mesh.data_rank, mesh.data_ranks),
         _positions(config, mesh),
@@ -130,11 +126,23 @@ def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
     return positions_of_rank(config.training.seq_len, ranks, mesh.coordinates["cp"], config.parallelism.cp_head_tail)
 
 
-def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:
+def load_packed_tokens(config: TitanConfig, is_writer: bool) -> Rows:
     """Return the tokenised data; before the process group is there, so that no collective waits for it."""
-    tokenizer = build_tokenizer(config.tokenizer)
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
-    return pack_tokens(config.data, config.data.cache_dir, tokenizer, is_writer, config.cluster.timeout_seconds)
+    preparation = Preparation(
+        build_tokenizer(config.tokenizer),
+        config.tokenizer,
+        config.data.cache_dir,
+        is_writer,
+        config.cluster.timeout_seconds,
+        config.data.prepare_workers,
+        _report,
+    )
+    return load_rows(config.data, config.training.seq_len, preparation, config.data.packing, config.data.mask_documents)
+
+
+def _report(component: str, progress: Progress) -> None:
+    logger.info(f"{'tokenise':<10} {describe_progress(progress, component)}")
 
 
 def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
@@ -164,8 +172,11 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
             + (f", in {micro} micro-batches a rank" if micro > 1 else ""),
         ),
     ]
-    lines += [("data", line) for line in trainer.packed.describe(training.seq_len)]
+    lines += [("data", line) for line in trainer.rows.describe()]
     rows = len(trainer.rows)
+    if isinstance(trainer.rows, MixtureRows):
+        trained = training.steps * training.global_batch_size
+        lines += [("mixture", line) for line in trainer.rows.describe_shares(trained)]
     lines.append(
         (
             "data",

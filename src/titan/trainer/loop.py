@@ -90,7 +90,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
             collector.step(state.step)
         save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)
     if dist.get_rank() == 0 and result is not None:
-        bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
+        bits = bits_per_byte(result.loss, trainer.rows.tokens, trainer.rows.text_bytes)
         logger.info(
             f"done: step {state.step}, loss {result.loss:.4f} nats a token = {bits:.3f} bits a byte, "
             f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}"
@@ -129,7 +129,7 @@ def open_sinks(trainer: Trainer) -> list[JsonLines | Console]:
     if dist.get_rank() != 0:
         return []
     step, steps = trainer.state.step, trainer.config.training.steps
-    console = Console(steps, step, (trainer.packed.tokens, trainer.packed.text_bytes))
+    console = Console(steps, step, (trainer.rows.tokens, trainer.rows.text_bytes))
     return [JsonLines(trainer.directory.metrics, step), console]
 
 

@@ -24,7 +24,7 @@ from titan.checkpoint.state import optimizer_state, weights_state
 from titan.checkpoint.store import CheckpointStore
 from titan.config.schema import CheckpointConfig, CheckpointMode, TitanConfig
 from titan.data.loader import Batch
-from titan.data.packing import PackedTokens
+from titan.data.rows import Rows
 from titan.errors import StorageError
 from titan.trainer.build import Trainer, build_trainer
 from titan.trainer.loop import build_meter, run_step, steps_of_batches
@@ -71,9 +71,7 @@ class Difference:
     """Which parameter that is."""
 
 
-def record_run(
-    config: TitanConfig, device: torch.device, packed: PackedTokens, steps: int | None = None
-) -> Record | None:
+def record_run(config: TitanConfig, device: torch.device, packed: Rows, steps: int | None = None) -> Record | None:
     """Train some steps of a config and return what they did, on rank 0; None on all other ranks.
 
     Args:

@@ -234,7 +234,7 @@ class Saver:
 def describe_data(trainer: Trainer) -> dict[str, Any]:
     """Return what says which data a run is trained on and where in it the next step begins."""
     return {
-        "digest": trainer.packed.digest,
-        "tokens": trainer.packed.tokens,
+        "digest": trainer.rows.digest,
+        "tokens": trainer.rows.tokens,
         "rows": trainer.state.step * trainer.config.training.global_batch_size,
     }
