@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
+    from titan.data.feed import StreamedText
     from titan.data.rows import Rows
     from titan.trainer.build import Trainer
 
@@ -291,7 +292,7 @@ def train(
     from titan.trainer.watchdog import Watchdog, describe_limits
 
     directory = RunDirectory(Path(config.run.dir))
-    device, packed = join_ranks(config, rank, store)
+    device, data = join_ranks(config, rank, store)
     with contextlib.ExitStack() as stack:
         watchdog = Watchdog(
             config.fault_tolerance,
@@ -302,7 +303,7 @@ def train(
             report=lambda hung: _account(directory, rank, hung),
         )
         stack.enter_context(watchdog)
-        trainer = build_trainer(config, device, packed)
+        trainer = build_trainer(config, device, data)
         logger.info(f"{'watchdog':<10} {describe_limits(config)}")
         resume(trainer)
         if trainer.state.step and rank.rank == 0:
@@ -324,7 +325,7 @@ def train(
     return loss
 
 
-def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, Rows]:
+def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, Rows | StreamedText]:
     """Make this rank's device and data ready and start the default process group.
 
     Args:
@@ -334,13 +335,13 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     """
     import torch.distributed as dist
 
-    from titan.trainer.build import load_packed_tokens
+    from titan.trainer.build import load_data
     from titan.trainer.device import make_deterministic, select_device
 
     if config.training.deterministic:
         make_deterministic()
     device = select_device(config.cluster.device, rank.local_rank, threads_per_rank(rank.local_world_size))
-    packed = load_packed_tokens(config, is_writer=rank.local_rank == 0)
+    data = load_data(config, is_writer=rank.local_rank == 0)
     backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
     if device.type == "cuda" and config.parallelism.cpu_offload:
         backend = "cpu:gloo,cuda:nccl"
@@ -352,7 +353,7 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
         timeout=timedelta(seconds=config.cluster.timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-    return device, packed
+    return device, data
 
 
 def _end_at_once(directory: RunDirectory, rank: Rank) -> None:

@@ -103,7 +103,7 @@ class LinesShard(Shard):
                 return
             if line is None:
                 return
-            if record >= start and line.strip():
+            if record >= start and self.is_in_share(record) and line.strip():
                 yield from self._parse(line, record)
             record += 1
 

@@ -43,6 +43,8 @@ class Shard:
     text_bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Documents left out, by reason."""
+    share: tuple[int, int] = (0, 1)
+    """Only records whose number, divided by the second, leaves the first are read and accounted for."""
 
     def read(self, start: int = 0) -> Iterator[Document]:
         """Yield the documents from record `start` on.
@@ -53,12 +55,18 @@ class Shard:
         self.documents = self.text_bytes = 0
         self.skipped = Counter()
         for document in self._read(start):
+            if not self.is_in_share(document.record):
+                continue
             if not document.content:
                 self.skipped["empty"] += 1
                 continue
             self.documents += 1
             self.text_bytes += count_bytes(document.content)
             yield document
+
+    def is_in_share(self, record: int) -> bool:
+        """Return whether a record is one of those that are read."""
+        return record % self.share[1] == self.share[0]
 
     def locate(self, record: int) -> str:
         """Return where a record is, for people: the file and the line."""
@@ -91,7 +99,8 @@ class Shard:
 
     def refuse(self, record: int, message: str, reason: str, naming: str = "") -> None:
         """Refuse a record; see `refuse_at`."""
-        self.refuse_at(lambda: self.locate(record), message, reason, naming)
+        if self.is_in_share(record):
+            self.refuse_at(lambda: self.locate(record), message, reason, naming)
 
     def refuse_at(self, locate: Callable[[], str], message: str, reason: str, naming: str = "") -> None:
         """Raise, or count where bad documents are to be skipped.

@@ -13,8 +13,9 @@ from titan.checkpoint.state import NamedParameters
 from titan.checkpoint.store import CheckpointStore
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
 from titan.config.schema import CheckpointMode, TitanConfig
+from titan.data.feed import Feed, PreparedFeed, StreamedText, build_stream_feed, open_streams
 from titan.data.loader import Share
-from titan.data.mixture import MixtureRows, Preparation, load_rows
+from titan.data.mixture import Preparation, load_rows
 from titan.data.prepare import Progress, describe_progress
 from titan.data.rows import Rows
 from titan.data.tokenizer import build_tokenizer
@@ -52,8 +53,7 @@ class Trainer:
     """Those of the parameters whose original is on another pipeline stage."""
     optimizer: torch.optim.Optimizer
     forward_backward: ForwardBackward
-    rows: Rows
-    share: Share
+    data: Feed
     positions: Tensor | None
     """Which positions of every row this rank has; None for all."""
     store: CheckpointStore | None
@@ -69,13 +69,13 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.training.seq_len
 
 
-def build_trainer(config: TitanConfig, device: torch.device, rows: Rows) -> Trainer:
+def build_trainer(config: TitanConfig, device: torch.device, data: Rows | StreamedText) -> Trainer:
     """Return a trainer with initial weights; the default process group must be there.
 
     Args:
         config: Resolved.
         device: This rank's.
-        rows: The data.
+        data: What to train on.
 
     Raises:
         ConfigError: If the ranks are not as many as the config says.
@@ -88,7 +88,6 @@ def build_trainer(config: TitanConfig, device: torch.device, rows: Rows) -> Trai
     family = load_family(config.model.family)
     model = build_model(config, family, mesh, device)
     optimizer = build_optimizer(model.parameters, config.optimizer, device)
-    order = rows.order(config.training.global_batch_size, config.training.seed)
     directory = RunDirectory(Path(config.run.dir))
     store = None
     if config.checkpoint.mode is not CheckpointMode.disabled:
@@ -109,8 +108,7 @@ def build_trainer(config: TitanConfig, device: torch.device, rows: Rows) -> Trai
         model.copies,
         optimizer,
         model.forward_backward,
-        rows,
-        Share(order, config.training.local_batch_size, mesh.data_rank, mesh.data_ranks),
+        build_feed(config, data, mesh.data_rank, mesh.data_ranks),
         _positions(config, mesh),
         store,
     )
@@ -126,8 +124,11 @@ def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
     return positions_of_rank(config.training.seq_len, ranks, mesh.coordinates["cp"], config.parallelism.cp_head_tail)
 
 
-def load_packed_tokens(config: TitanConfig, is_writer: bool) -> Rows:
-    """Return the tokenised data; before the process group is there, so that no collective waits for it."""
+def load_data(config: TitanConfig, is_writer: bool) -> Rows | StreamedText:
+    """Return the data: tokenised, or open; before the process group is there, so that no collective waits for it."""
+    tokenizer = build_tokenizer(config.tokenizer)
+    if config.data.streaming:
+        return open_streams(config.data, tokenizer)
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
     preparation = Preparation(
         build_tokenizer(config.tokenizer),
@@ -143,6 +144,24 @@ def load_packed_tokens(config: TitanConfig, is_writer: bool) -> Rows:
 
 def _report(component: str, progress: Progress) -> None:
     logger.info(f"{'tokenise':<10} {describe_progress(progress, component)}")
+
+
+def build_feed(config: TitanConfig, data: Rows | StreamedText, data_rank: int, data_ranks: int) -> Feed:
+    """Return what a data rank is fed with.
+
+    Args:
+        config: Resolved.
+        data: From `load_data`.
+        data_rank: This rank's share of the rows.
+        data_ranks: How many shares there are.
+    """
+    training = config.training
+    share = Share(training.global_batch_size, training.local_batch_size, data_rank, data_ranks)
+    if isinstance(data, StreamedText):
+        return build_stream_feed(data, share, training.seq_len, training.seed)
+    order = data.order(training.global_batch_size, training.seed)
+    padding = build_tokenizer(config.tokenizer).eos
+    return PreparedFeed(data, order, share, padding, config.data.num_workers, config.data.prefetch)
 
 
 def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
@@ -172,18 +191,7 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
             + (f", in {micro} micro-batches a rank" if micro > 1 else ""),
         ),
     ]
-    lines += [("data", line) for line in trainer.rows.describe()]
-    rows = len(trainer.rows)
-    if isinstance(trainer.rows, MixtureRows):
-        trained = training.steps * training.global_batch_size
-        lines += [("mixture", line) for line in trainer.rows.describe_shares(trained)]
-    lines.append(
-        (
-            "data",
-            f"{rows:,} rows; {training.steps} steps are "
-            f"{training.steps * training.global_batch_size / rows:.3g} epochs",
-        )
-    )
+    lines += [("data", line) for line in trainer.data.describe(training.steps)]
     lines += [("applied", line) for line in applied]
     absent = [
         name

@@ -30,7 +30,7 @@ _BEFORE = {
     "removing": ("titan.checkpoint.manifest", "shutil.rmtree"),
     "load": ("titan.checkpoint.store", "CheckpointStore.load"),
     "ledger": ("titan.run_directory", "RunDirectory.append_ledger"),
-    "row": ("titan.data.rows", "PreparedRows.__getitems__"),
+    "row": ("titan.data.rows", "PreparedRows.read"),
 }
 _AFTER = {
     "moved": ("titan.trainer.loop", "run_step"),
