@@ -87,7 +87,7 @@ def test_other_errors_arrive_with_where_they_were_raised() -> None:
     workers.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_worker_that_dies_is_named_with_its_signal(number: signal.Signals) -> None:
     """In the middle of its work, with others beside it that hold no pipe open."""
 
