@@ -27,6 +27,7 @@ from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
+from titan.data.prepared import write_documents
 
 ROWS, SEQ_LEN, RANKS, WARM_UP = 8, 256, 4, 2
 NUMBER = 4
@@ -68,8 +69,8 @@ def main() -> int:
     counts: dict[str, Counter[str]] = {}
     load = OtherLoad()
     with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens.bin"
-        np.random.default_rng(0).integers(0, 256, 1 << 20).astype(np.uint16).tofile(tokens)
+        tokens = Path(folder) / "tokens"
+        write_documents(tokens, [np.random.default_rng(0).integers(0, 256, 1 << 20)], 256)
         for repeat in range(arguments.repeats):
             for case in CASES:
                 ranks = run_ranks(case, tokens, arguments.steps)
@@ -180,7 +181,8 @@ def _rank(case: Case, tokens: Path, steps: int, rank: int, ranks: int, store: st
     import torch
     import torch.distributed as dist
 
-    from titan.data.packing import PackedTokens
+    from titan.data.prepared import open_prepared
+    from titan.data.rows import PreparedRows
     from titan.trainer.build import build_trainer
     from titan.trainer.device import select_device
     from titan.trainer.loop import build_meter, run_step, steps_of_batches
@@ -188,8 +190,7 @@ def _rank(case: Case, tokens: Path, steps: int, rank: int, ranks: int, store: st
     config = config_of(case)
     device = select_device(config.cluster.device, rank, int(os.environ["OMP_NUM_THREADS"]))
     dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
-    packed = PackedTokens(tokens, 1 << 20, 1, 1 << 20, {}, 1 << 20, 256)
-    trainer = build_trainer(config, device, packed)
+    trainer = build_trainer(config, device, PreparedRows(open_prepared(tokens), config.training.seq_len, padding=0))
     batches = steps_of_batches(trainer, build_meter(trainer))
 
     def step() -> float:

@@ -28,6 +28,7 @@ from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import CheckpointMode, TitanConfig
+from titan.data.prepared import write_documents
 
 RANKS = 4
 PLAIN = "plain torch.distributed.checkpoint.save"
@@ -47,8 +48,8 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     load = OtherLoad()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        tokens = Path(folder) / "tokens.bin"
-        np.random.default_rng(0).integers(0, 256, 1 << 20).astype(np.uint16).tofile(tokens)
+        tokens = Path(folder) / "tokens"
+        write_documents(tokens, [np.random.default_rng(0).integers(0, 256, 1 << 20)], 256)
         with multiprocessing.get_context("spawn").Pool(RANKS) as pool:
             jobs = [(rank, Path(folder), arguments.layers, arguments.repeats) for rank in range(RANKS)]
             found = pool.starmap(_rank, jobs, chunksize=1)[0]
@@ -103,7 +104,8 @@ def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
     from titan.checkpoint.state import optimizer_state, weights_state
     from titan.checkpoint.store import CheckpointStore
     from titan.config.schema import CheckpointContent
-    from titan.data.packing import PackedTokens
+    from titan.data.prepared import open_prepared
+    from titan.data.rows import PreparedRows
     from titan.trainer.build import build_trainer
     from titan.trainer.device import select_device
     from titan.trainer.loop import build_meter, run_step, steps_of_batches
@@ -113,7 +115,8 @@ def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
     config = _config(folder, layers)
     device = select_device(config.cluster.device, rank, 1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
-    trainer = build_trainer(config, device, PackedTokens(folder / "tokens.bin", 1 << 20, 1, 1 << 20, {}, 1 << 20, 256))
+    rows = PreparedRows(open_prepared(folder / "tokens"), config.training.seq_len, padding=0)
+    trainer = build_trainer(config, device, rows)
     meter = build_meter(trainer)
     batches = steps_of_batches(trainer, meter)
 

@@ -221,19 +221,15 @@ def report(machine: dict[str, Any], turns: list[Turn], disturbed: list[Turn], ar
 
 def _read_batches(frozen: Path, steps: int) -> list[Any]:
     # the very rows that titan's side trains on, in the same order
-    from titan.data.batch import RowOrder
-    from titan.data.loader import PackedRows, collate
-    from titan.data.packing import pack_tokens
+    from titan.data.loader import collate
+    from titan.data.mixture import Preparation, load_rows
     from titan.data.tokenizer import build_tokenizer
 
     config = load_config(frozen)
-    tokenizer = build_tokenizer(config.tokenizer)
-    cache_dir = config.data.cache_dir or ""
-    rows = PackedRows(
-        pack_tokens(config.data, cache_dir, tokenizer, is_writer=True, timeout_seconds=60), SEQ_LEN, tokenizer.eos
-    )
-    order = RowOrder(len(rows), ROWS, config.training.seed)
-    batches = [collate([rows[int(row)] for row in order.rows_of_step(step)]) for step in range(steps)]
+    preparation = Preparation(build_tokenizer(config.tokenizer), config.tokenizer, config.data.cache_dir or "")
+    rows = load_rows(config.data, SEQ_LEN, preparation)
+    order = rows.order(ROWS, config.training.seed)
+    batches = [collate(rows.read(order.rows_of_step(step))) for step in range(steps)]
     return [(batch.tokens, batch.labels) for batch in batches]
 
 

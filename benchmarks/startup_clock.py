@@ -38,7 +38,7 @@ def main() -> None:
 
         mark("import of the trainer")
         device.select_device = and_mark(device.select_device, "device")
-        build.load_packed_tokens = and_mark(build.load_packed_tokens, "data")
+        build.load_data = and_mark(build.load_data, "data")
         dist.init_process_group = and_mark(dist.init_process_group, "process group")
         build.build_trainer = and_mark(build.build_trainer, "model and optimizer")
         loop.train_step = and_mark(loop.train_step, "first step")

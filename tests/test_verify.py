@@ -220,3 +220,25 @@ def test_a_run_is_interrupted_within(titan_process: Command, text_file: Path, he
     assert finished.code == 2
     assert "--stop-after 6 is not between 0 and --steps 6" in finished.err
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_streaming_run_goes_on_on_another_layout(titan_process: Command, text_file: Path, here: Path) -> None:
+    """From two data ranks to one in a pipeline with shared sequences, with a worker: the rows of every step.
+
+    Both what the ranks were given and what the runs have written down of it.
+    """
+    text = text_file.read_text()
+    lines = "".join(json.dumps({"text": text[at : at + 70]}) + "\n" for at in range(0, min(len(text), 6000), 70))
+    (here / "texts.jsonl").write_text(lines)
+    streaming = ["data=jsonl", f"data.path={here / 'texts.jsonl'}", "data.streaming=true", "data.streams=3"]
+    streaming += ["data.shuffle_window=5", "data.packing=best_fit", "data.mask_documents=true"]
+    streaming += ["training.global_batch_size=8", "cluster.devices_per_node=2"]
+    onto = "cluster.devices_per_node=4 parallelism.dp_shard=1 parallelism.pp=2 parallelism.cp=2 data.num_workers=1"
+    words = (*TINY, *streaming, "--keep", str(here / "runs"), "--onto", onto)
+    finished = titan_process("resume", *words, module="titan.verify", timeout_seconds=240)
+    assert finished.code == 0, finished.text
+    assert "different" not in findings(here).values()
+    ours, theirs = ((here / "runs" / name / "data.jsonl").read_text() for name in ("interrupted", "undisturbed"))
+    assert ours == theirs
+    assert len(ours.splitlines()) == 6

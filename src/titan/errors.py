@@ -7,6 +7,7 @@ Anything else that escapes is a defect, of titan or of the machine, and keeps it
     ├── ConfigError       2   the config or the command is wrong; nothing was started or changed
     ├── CommandError      2   a command is wrong that has no config
     ├── DataError        65   bad data, met while running
+    ├── WorkerLost        1   a process that reads data ahead has died; says of what
     ├── CheckpointError  66   no usable checkpoint
     ├── NonFiniteError   71   the loss or the gradient is not finite
     ├── StorageError     73   storage failed repeatedly
@@ -74,6 +75,10 @@ class DataError(TitanError):
     """The training data cannot be used: names the file and, where there is one, the line."""
 
     exit_code = 65
+
+
+class WorkerLost(TitanError):
+    """A process that reads data ahead for a rank has died, most often for want of memory."""
 
 
 class CheckpointError(TitanError):

@@ -7,6 +7,7 @@
               events.jsonl    what happened, in order, appended
               .lock           held by rank 0 of the live run; who has it, or had it last
               metrics.jsonl   one line a logged step
+              data.jsonl      one line a step: which rows it had
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
               logs/           one file per rank and attempt; and .stacks beside it, after a hang
               checkpoints/    step_00000010/ and so on
@@ -60,6 +61,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def rows(self) -> Path:
+        """One JSON object a step: the digest of its rows, and what they count."""
+        return self.path / "data.jsonl"
 
     @property
     def checkpoints(self) -> Path:

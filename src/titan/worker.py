@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store
 
-    from titan.data.packing import PackedTokens
+    from titan.data.feed import StreamedText
+    from titan.data.rows import Rows
     from titan.trainer.build import Trainer
 
 _LEAVE_SECONDS = 10.0
@@ -285,15 +286,15 @@ def train(
     """
     import torch.distributed as dist
 
-    from titan.trainer.build import build_trainer, load_held_out_tokens
+    from titan.trainer.build import build_trainer, load_held_out
     from titan.trainer.loop import fit
     from titan.trainer.resume import resume
     from titan.trainer.watchdog import Watchdog, describe_limits
 
     directory = RunDirectory(Path(config.run.dir))
     # before the ranks have joined, so that no collective waits for it
-    held_out = load_held_out_tokens(config, is_writer=rank.local_rank == 0)
-    device, packed = join_ranks(config, rank, store)
+    held_out = load_held_out(config, is_writer=rank.local_rank == 0)
+    device, data = join_ranks(config, rank, store)
     with contextlib.ExitStack() as stack:
         watchdog = Watchdog(
             config.fault_tolerance,
@@ -304,7 +305,7 @@ def train(
             report=lambda hung: _account(directory, rank, hung),
         )
         stack.enter_context(watchdog)
-        trainer = build_trainer(config, device, packed, held_out)
+        trainer = build_trainer(config, device, data, held_out)
         logger.info(f"{'watchdog':<10} {describe_limits(config)}")
         resume(trainer)
         if trainer.state.step and rank.rank == 0:
@@ -326,7 +327,7 @@ def train(
     return loss
 
 
-def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, PackedTokens]:
+def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, Rows | StreamedText]:
     """Make this rank's device and data ready and start the default process group.
 
     Args:
@@ -336,13 +337,13 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     """
     import torch.distributed as dist
 
-    from titan.trainer.build import load_packed_tokens
+    from titan.trainer.build import load_data
     from titan.trainer.device import make_deterministic, select_device
 
     if config.training.deterministic:
         make_deterministic()
     device = select_device(config.cluster.device, rank.local_rank, threads_per_rank(rank.local_world_size))
-    packed = load_packed_tokens(config, is_writer=rank.local_rank == 0)
+    data = load_data(config, is_writer=rank.local_rank == 0)
     backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
     if device.type == "cuda" and config.parallelism.cpu_offload:
         backend = "cpu:gloo,cuda:nccl"
@@ -354,7 +355,7 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
         timeout=timedelta(seconds=config.cluster.timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-    return device, packed
+    return device, data
 
 
 def _end_at_once(directory: RunDirectory, rank: Rank) -> None:

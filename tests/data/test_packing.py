@@ -16,7 +16,7 @@ import pytest
 from titan.config.schema import BadDocuments, DataConfig, DataKind, TokenizerConfig, TokenizerKind
 from titan.data import packing
 from titan.data.packing import PackedTokens, pack_tokens, token_dtype
-from titan.data.source import Source
+from titan.data.source import Document, Source
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import DataError
 
@@ -211,7 +211,7 @@ def test_an_interrupted_writing_leaves_nothing_behind(config: DataConfig, monkey
     """Not even Ctrl-C in the middle of tokenising leaves a file that could be taken for a whole one."""
 
     def interrupted(self: Source):
-        yield "some text"
+        yield Document("some text", 0)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -28,6 +28,11 @@ def source(path: Path, kind: str = "jsonl", bad: str = "error", field: str = "te
     )
 
 
+def contents(documents: Source) -> list[str]:
+    """Return what all documents say."""
+    return [str(document.content) for document in documents]
+
+
 def write(path: Path, content: bytes) -> Path:
     """Write a file, compressed as its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +48,7 @@ def write(path: Path, content: bytes) -> Path:
 def test_json_lines_are_documents(tmp_path: Path, suffix: str) -> None:
     """Every line's field is a document, plain or compressed, and the account is right."""
     documents = source(write(tmp_path / f"a.jsonl{suffix}", jsonl(*TEXTS)))
-    assert list(documents) == TEXTS
+    assert contents(documents) == TEXTS
     assert documents.documents == 4
     assert documents.text_bytes == sum(len(text.encode()) for text in TEXTS)
     assert not documents.skipped
@@ -53,7 +58,7 @@ def test_json_lines_are_documents(tmp_path: Path, suffix: str) -> None:
 def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
     """The whole file, to the byte, is one document."""
     text = "first\r\n\r\nsecond\n\x00 漢字\n"
-    assert list(source(write(tmp_path / f"a.txt{suffix}", text.encode()), "text")) == [text]
+    assert contents(source(write(tmp_path / f"a.txt{suffix}", text.encode()), "text")) == [text]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -62,15 +67,15 @@ def test_large_files_are_read_whole(tmp_path: Path, suffix: str, kind: str) -> N
     """Lines and files larger than any buffer arrive complete."""
     texts = ["x" * 3_000_000 + "end", "short", "漢" * 1_000_000]
     if kind == "jsonl":
-        assert list(source(write(tmp_path / f"a.jsonl{suffix}", jsonl(*texts)))) == texts
+        assert contents(source(write(tmp_path / f"a.jsonl{suffix}", jsonl(*texts)))) == texts
     else:
-        assert list(source(write(tmp_path / f"a.txt{suffix}", "".join(texts).encode()), "text")) == ["".join(texts)]
+        assert contents(source(write(tmp_path / f"a.txt{suffix}", "".join(texts).encode()), "text")) == ["".join(texts)]
 
 
 def test_reading_twice_gives_the_same_and_counts_once(tmp_path: Path) -> None:
     """Each iteration reads the files anew; its account replaces the one before."""
     documents = source(write(tmp_path / "a.jsonl", jsonl("a", "", "b")))
-    assert list(documents) == list(documents) == ["a", "b"]
+    assert contents(documents) == contents(documents) == ["a", "b"]
     assert (documents.documents, documents.text_bytes, documents.skipped) == (2, 2, {"empty": 1})
 
 
@@ -81,7 +86,7 @@ def test_a_folder_is_read_to_any_depth_in_order(tmp_path: Path) -> None:
     write(tmp_path / "a" / "z" / "9.ndjson.zst", jsonl("first"))
     write(tmp_path / "readme.md", b"not a record")
     write(tmp_path / ".hidden.jsonl", b"not a record")
-    assert list(source(tmp_path)) == ["first", "second", "third"]
+    assert contents(source(tmp_path)) == ["first", "second", "third"]
 
 
 def test_a_glob_picks_files_across_folders(tmp_path: Path) -> None:
@@ -89,13 +94,13 @@ def test_a_glob_picks_files_across_folders(tmp_path: Path) -> None:
     write(tmp_path / "a" / "b" / "deep.jsonl", jsonl("deep"))
     write(tmp_path / "top.jsonl", jsonl("top"))
     write(tmp_path / "top.txt", jsonl("other"))
-    assert list(source(tmp_path / "*.jsonl")) == ["top"]
-    assert list(source(tmp_path / "**" / "*.jsonl")) == ["deep", "top"]
+    assert contents(source(tmp_path / "*.jsonl")) == ["top"]
+    assert contents(source(tmp_path / "**" / "*.jsonl")) == ["deep", "top"]
 
 
 def test_brackets_in_a_name_are_a_name_if_the_file_is_there(tmp_path: Path) -> None:
     """A file called a[1].jsonl is found although its name reads as a pattern."""
-    assert list(source(write(tmp_path / "a[1].jsonl", jsonl("here")))) == ["here"]
+    assert contents(source(write(tmp_path / "a[1].jsonl", jsonl("here")))) == ["here"]
 
 
 def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
@@ -117,19 +122,19 @@ def test_the_standard_library_is_there() -> None:
 def test_blank_lines_are_no_documents(tmp_path: Path) -> None:
     """Blank lines separate and are neither documents nor mistakes; a last line may lack its end."""
     documents = source(write(tmp_path / "a.jsonl", b'\n{"text":"a"}\n   \n\r\n{"text":"b"}'))
-    assert list(documents) == ["a", "b"]
+    assert contents(documents) == ["a", "b"]
     assert not documents.skipped
 
 
 def test_lines_may_end_as_on_windows(tmp_path: Path) -> None:
     """CRLF ends a line like LF, and what a document itself holds stays as it is."""
     content = b'{"text":"a\\r\\nb"}\r\n{"text":"c"}\r\n'
-    assert list(source(write(tmp_path / "a.jsonl", content))) == ["a\r\nb", "c"]
+    assert contents(source(write(tmp_path / "a.jsonl", content))) == ["a\r\nb", "c"]
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
     """Files from other systems may start with one."""
-    assert list(source(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + jsonl("a", "b")))) == ["a", "b"]
+    assert contents(source(write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + jsonl("a", "b")))) == ["a", "b"]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "text"])
@@ -138,7 +143,7 @@ def test_empty_documents_are_counted(tmp_path: Path, kind: str) -> None:
     write(tmp_path / "a.jsonl", jsonl("a") if kind == "jsonl" else b"a")
     write(tmp_path / "b.jsonl", jsonl("") if kind == "jsonl" else b"")
     documents = source(tmp_path, kind)
-    assert list(documents) == ["a"]
+    assert contents(documents) == ["a"]
     assert documents.skipped == {"empty": 1}
 
 
@@ -165,7 +170,7 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, name: str, suffix:
     line, _, words = BAD_LINES[name]
     path = write(tmp_path / f"a.jsonl{suffix}", GOOD + b"\n" + line + GOOD)
     with pytest.raises(DataError) as caught:
-        list(source(path))
+        contents(source(path))
     assert f"{path}, line 3: " in str(caught.value)
     assert words in str(caught.value)
     assert "data.bad_documents=skip" in str(caught.value)
@@ -176,7 +181,7 @@ def test_a_bad_line_is_skipped_and_counted_if_asked(tmp_path: Path, name: str) -
     """With bad_documents=skip all other lines are read, and the reason is counted."""
     line, reason, _ = BAD_LINES[name]
     documents = source(write(tmp_path / "a.jsonl", GOOD + line + GOOD + line + GOOD), bad="skip")
-    assert list(documents) == ["good"] * 3
+    assert contents(documents) == ["good"] * 3
     assert documents.skipped == {reason: 2}
 
 
@@ -184,7 +189,7 @@ def test_every_reason_is_counted_apart(tmp_path: Path) -> None:
     """Different mistakes in one file are different counts."""
     content = GOOD + b"".join(line for line, _, _ in BAD_LINES.values()) + b'{"text":""}\n'
     documents = source(write(tmp_path / "a.jsonl", content), bad="skip")
-    assert list(documents) == ["good"]
+    assert contents(documents) == ["good"]
     assert documents.skipped == {
         "broken JSON": 3,
         "not UTF-8": 1,
@@ -197,9 +202,9 @@ def test_every_reason_is_counted_apart(tmp_path: Path) -> None:
 def test_the_field_has_the_name_that_the_config_says(tmp_path: Path) -> None:
     """data.text_field picks the field, and a missing one is explained with the key to set."""
     path = write(tmp_path / "a.jsonl", b'{"text":"no","body":"yes"}\n')
-    assert list(source(path, field="body")) == ["yes"]
+    assert contents(source(path, field="body")) == ["yes"]
     with pytest.raises(DataError, match=r"no field 'content' .*'text', 'body'(.|\n)*data\.text_field=NAME"):
-        list(source(path, field="content"))
+        contents(source(path, field="content"))
 
 
 def test_bytes_that_are_not_text_are_named_by_line(tmp_path: Path) -> None:
@@ -207,9 +212,9 @@ def test_bytes_that_are_not_text_are_named_by_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"one\ntwo\nthr\xffe\n")
     write(tmp_path / "b.txt", b"good")
     with pytest.raises(DataError, match=r"a\.txt, line 3: not UTF-8 \(invalid start byte at byte 11\)"):
-        list(source(tmp_path, "text"))
+        contents(source(tmp_path, "text"))
     documents = source(tmp_path, "text", bad="skip")
-    assert list(documents) == ["good"]
+    assert contents(documents) == ["good"]
     assert documents.skipped == {"not UTF-8": 1}
     assert path in documents.files
 
@@ -237,9 +242,9 @@ def test_a_damaged_archive_is_never_taken_for_its_end(tmp_path: Path, kind: str,
     """A compressed file that is cut short or spoiled is an error, or counted; what is missing never goes unsaid."""
     path = damaged(tmp_path / f"a.jsonl{suffix}", damage)
     with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}"):
-        list(source(path, kind))
+        contents(source(path, kind))
     documents = source(path, kind, bad="skip")
-    read = list(documents)
+    read = contents(documents)
     assert documents.skipped["unreadable file"] == 1
     if kind == "text":
         assert read == []
@@ -252,7 +257,7 @@ def test_a_damaged_archive_is_named_with_the_line_that_was_reached(tmp_path: Pat
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(jsonl("a", "b")) + gzip.compress(jsonl("c"))[:20])
     with pytest.raises(DataError, match=r"a\.jsonl\.gz, after line 2: .*end-of-stream"):
-        list(source(path))
+        contents(source(path))
 
 
 def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
@@ -262,7 +267,7 @@ def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
     content = jsonl(*TEXTS)
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(skippable + compress(content[:30]) + compress(b"") + skippable + compress(content[30:]))
-    assert list(source(path)) == TEXTS
+    assert contents(source(path)) == TEXTS
 
 
 def test_many_small_zstd_frames_are_read(tmp_path: Path) -> None:
@@ -270,14 +275,14 @@ def test_many_small_zstd_frames_are_read(tmp_path: Path) -> None:
     compress = zstandard.ZstdCompressor().compress
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(b"".join(compress(jsonl(str(number))) for number in range(10_000)))
-    assert list(source(path)) == [str(number) for number in range(10_000)]
+    assert contents(source(path)) == [str(number) for number in range(10_000)]
 
 
 def test_gzip_members_follow_each_other(tmp_path: Path) -> None:
     """Concatenated gzip files are one file."""
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(jsonl("a")) + gzip.compress(jsonl("b")))
-    assert list(source(path)) == ["a", "b"]
+    assert contents(source(path)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -285,7 +290,7 @@ def test_a_file_of_no_bytes_holds_no_documents(tmp_path: Path, suffix: str) -> N
     """An empty file is no damaged one, not even in a compression that never writes one."""
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(b"")
-    assert list(source(path)) == []
+    assert contents(source(path)) == []
 
 
 def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
@@ -293,4 +298,4 @@ def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
     documents = source(write(tmp_path / "a.jsonl", GOOD))
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(DataError, match=r"a\.jsonl, after line 0: No such file"):
-        list(documents)
+        contents(documents)

@@ -163,7 +163,7 @@ def test_the_console_writes_plain_lines_in_a_pipe(capsys: pytest.CaptureFixture[
     level = logger.level
     logger.setLevel(logging.INFO)
     try:
-        console = Console(1000, 0, (100, 100))
+        console = Console(1000, 0, lambda: (100, 100))
         console.step()
         console.write(ROW)
         console.close()
@@ -177,7 +177,7 @@ def test_the_console_writes_plain_lines_in_a_pipe(capsys: pytest.CaptureFixture[
 def test_a_terminal_gets_a_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """On a terminal a bar counts the steps from where the run resumed."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    console = Console(total_steps=10, first_step=4, tokens_to_bytes=(1, 1))
+    console = Console(total_steps=10, first_step=4, tokens_to_bytes=lambda: (1, 1))
     assert console._bar is not None
     console.step()
     assert console._bar.n == 5

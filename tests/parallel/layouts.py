@@ -11,7 +11,8 @@ from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
-from titan.data.packing import PackedTokens, token_dtype
+from titan.data.prepared import open_prepared, write_documents
+from titan.data.rows import PreparedRows
 from titan.trainer.record import Record, record_run
 
 SMALL = (
@@ -43,13 +44,15 @@ def make_packed(path: Path, vocab_size: int = 258) -> Path:
     generator = np.random.default_rng(0)
     tokens = np.cumsum(generator.integers(1, 4, TOKENS)) % (vocab_size - 2)
     tokens[generator.random(TOKENS) < 1 / 12] = vocab_size - 2  # tokenizer=bytes begins documents with 256
-    tokens.astype(token_dtype(vocab_size)).tofile(path)
+    starts = np.flatnonzero(tokens == vocab_size - 2)
+    write_documents(path, np.split(tokens, starts[starts > 0]), vocab_size)
     return path
 
 
-def open_packed(path: Path, vocab_size: int = 258) -> PackedTokens:
-    """Return the tokens that `make_packed` wrote."""
-    return PackedTokens(path, TOKENS, 1, TOKENS, {}, TOKENS, vocab_size)
+def open_packed(path: Path, config: TitanConfig, vocab_size: int = 258) -> PreparedRows:
+    """Return the rows of the tokens that `make_packed` wrote."""
+    mask = config.data.mask_documents
+    return PreparedRows(open_prepared(path), config.training.seq_len, vocab_size - 1, mask_documents=mask)
 
 
 def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
@@ -60,6 +63,6 @@ def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
 
 def record_layout(world_size: int, overrides: tuple[str, ...], packed: Path, validates: bool = True) -> Record | None:
     """Train a layout as this rank; validates after the first and the last step, if not told otherwise."""
-    held_out = open_packed(packed) if validates else None
     config = layout_config(world_size, overrides)
-    return record_run(config, torch.device("cpu"), open_packed(packed), held_out=held_out)
+    data = open_packed(packed, config)
+    return record_run(config, torch.device("cpu"), data, held_out=data if validates else None)

@@ -47,8 +47,9 @@ def gradients_averaged_over_ranks() -> Iterator[None]:
 def tokens_counted_on_each_rank() -> Iterator[None]:
     """The loss divided by twice the tokens of this rank, right only where all have the same number."""
 
-    def counting(labels: list[torch.Tensor], group: Any) -> torch.Tensor:
-        return 2.0 * sum((each != -100).sum() for each in labels).float()  # type: ignore[union-attr]
+    def counting(labels: list[torch.Tensor], group: Any, account: Any) -> torch.Tensor:
+        count = 2 * sum((each != -100).sum() for each in labels)
+        return torch.stack([count, *map(torch.tensor, account)])  # type: ignore[list-item]
 
     with mock.patch.object(titan.trainer.step, "count_valid_tokens", counting):
         yield

@@ -130,7 +130,7 @@ def test_tied_embeddings_are_one_parameter(record: Callable[..., Record]) -> Non
         (2, mesh(pp=2)),
         (2, (*mesh(pp=2), *options("pp_schedule=ZBVZeroBubble"), *BLOCK_EACH, "training.local_batch_size=4")),
         pytest.param(2, mesh(tp=2), marks=pytest.mark.slow),
-            pytest.param(4, mesh(dp_replicate=2, dp_shard=2), marks=pytest.mark.slow),
+        pytest.param(4, mesh(dp_replicate=2, dp_shard=2), marks=pytest.mark.slow),
         pytest.param(2, (*mesh(dp_shard=2), *options("cpu_offload=true")), marks=pytest.mark.slow),
         pytest.param(2, (*mesh(dp_shard=2), "compile=inductor"), marks=pytest.mark.slow),
     ],

@@ -15,7 +15,7 @@ from titan.config.load import compose
 from titan.config.schema import FaultToleranceConfig, TitanConfig
 from titan.launch.dispatch import freeze
 from titan.run_directory import RunDirectory
-from titan.trainer.build import Trainer, build_trainer, load_held_out_tokens, load_packed_tokens
+from titan.trainer.build import Trainer, build_trainer, load_data, load_held_out
 from titan.trainer.device import select_device
 from titan.trainer.loop import fit
 from titan.trainer.resume import resume
@@ -45,7 +45,7 @@ class Runs:
     def build(self, config: TitanConfig) -> Trainer:
         """Return a trainer that has resumed where there is something to resume."""
         freeze(config, RunDirectory(Path(config.run.dir)), [])
-        texts = load_packed_tokens(config, True), load_held_out_tokens(config, True)
+        texts = load_data(config, True), load_held_out(config, True)
         trainer = build_trainer(config, select_device(config.cluster.device, 0, 1), *texts)
         resume(trainer)
         return trainer

@@ -59,7 +59,7 @@ def test_it_is_known_what_a_checkpoint_is(runs: Runs) -> None:
     assert (manifest.step, manifest.content, manifest.tokens) == (4, "all", 4 * trainer.tokens_per_step)
     assert manifest.mesh == {"pp": 1, "dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1}
     assert manifest.versions["torch"] == torch.__version__
-    assert manifest.data == {"digest": trainer.packed.digest, "tokens": trainer.packed.tokens, "rows": 4 * 2}
+    assert manifest.data == {**trainer.data.identity, "rows": 4 * 2}
     assert manifest.run == trainer.directory.read_identity() != ""
     assert set(manifest.files) == {".metadata", "__0_0.distcp", "config.yaml"}
 

@@ -44,9 +44,10 @@ UNSHARD = stack(
 )
 SLEEPS = stack(("/home/me/hooks.py", 7, "ask_a_server"), *FIT)
 READS = stack(
-    ("/usr/lib/python3.11/selectors.py", 415, "select"),
-    ("/usr/lib/python3.11/multiprocessing/connection.py", 930, "wait"),
-    (f"{TORCH}/utils/data/dataloader.py", 1275, "_try_get_data"),
+    ("/usr/lib/python3.11/multiprocessing/connection.py", 379, "_recv"),
+    ("/usr/lib/python3.11/multiprocessing/connection.py", 249, "recv"),
+    (f"{TITAN}/data/workers.py", 75, "next"),
+    (f"{TITAN}/data/loader.py", 160, "build_loader"),
     (f"{TITAN}/trainer/loop.py", 117, "steps_of_batches"),
     *FIT,
 )

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 from tests.support.command import json_lines, results, validations
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.manifest import step_folder
-from titan.data.held_out import Rounds
-from titan.data.loader import build_loader
+from titan.data.held_out import InOrder
+from titan.data.loader import Share, build_loader
 from titan.errors import DataError, Stopped
 from titan.models.llama import LLAMA
 from titan.trainer import validation
@@ -114,7 +114,8 @@ def test_nothing_is_left_behind(runs: Runs, held_out: tuple[str, ...]) -> None:
         return all(group.is_sharded for group in groups) and not any(noted)
 
     assert is_as_before()
-    trainer.evaluate(list(build_loader(trainer.held_out, Rounds(2, 2, 0, 1), 0, 1)))
+    (step,) = build_loader(trainer.held_out, InOrder(2), Share(2, 2, 0, 1), 0, 0, 1)
+    trainer.evaluate(step.batches)
     assert not is_as_before(), "there is something to leave behind"
 
 

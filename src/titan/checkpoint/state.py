@@ -3,8 +3,9 @@
     model.<parameter>              as the bare model names it
     optimizer.<parameter>.<key>    exp_avg, exp_avg_sq, step
     rng.<rank>                     all generators of a rank, as bytes of JSON
+    data.cursors                   with data.streaming: where each stream's next row begins, `titan.data.stream.Cursor`
 
-The data needs no state (`titan.data.batch` is a function of the step), and neither does the learning rate.
+Prepared data needs no state (`titan.data.batch` is a function of the step), and neither does the learning rate.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 MODEL, OPTIMIZER, RNG = "model.", "optimizer.", "rng."
+CURSORS = "data.cursors"
 
 
 def weights_state(parameters: NamedParameters) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 COMPRESSIONS = (".gz", ".zst")
-SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": ()}
+SUFFIXES = {"jsonl": (".jsonl", ".json", ".ndjson"), "text": (), "parquet": (".parquet",), "arrow": (".arrow",)}
 """What counts inside a folder, before .gz or .zst; empty means every file."""
 
 
@@ -17,7 +17,7 @@ def find_files(path: str, kind: str) -> list[Path]:
 
     Args:
         path: A file, a folder (searched to any depth) or a glob, in which ** crosses folders.
-        kind: jsonl or text; decides what counts inside a folder.
+        kind: jsonl, text, parquet or arrow; decides what counts inside a folder.
     """
     if glob.has_magic(path) and not os.path.exists(path):
         found = [Path(name) for name in glob.glob(path, recursive=True)]

@@ -7,16 +7,16 @@ filled up with rows in which no label counts: they cost time and change no sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from titan.data.batch import IGNORED_LABEL
-from titan.data.loader import PackedRows
+from titan.data.rows import Row, Rows
 
 
-class HeldOutRows(Dataset[tuple[np.ndarray, ...]]):
+class HeldOutRows:
     """The first rows of a held-out set, and behind them rows that count nothing.
 
     Args:
@@ -24,18 +24,21 @@ class HeldOutRows(Dataset[tuple[np.ndarray, ...]]):
         limit: How many rows to take; -1 takes all, and so does more than there are.
     """
 
-    def __init__(self, rows: PackedRows, limit: int = -1) -> None:
+    def __init__(self, rows: Rows, limit: int = -1) -> None:
         self.rows = rows
         self.count = len(rows) if limit == -1 else min(limit, len(rows))
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, row: int) -> tuple[np.ndarray, ...]:
-        if row < self.count:
-            return self.rows[row]
-        inputs, labels, *rest = self.rows[0]
-        return (inputs, np.full_like(labels, IGNORED_LABEL), *rest)
+    def read(self, rows: Sequence[int] | np.ndarray) -> Row:
+        """Return some rows. Shape: (B, S) each."""
+        wanted = np.asarray(rows)
+        is_beyond = wanted >= self.count
+        found = self.rows.read(np.where(is_beyond, 0, wanted))
+        if not is_beyond.any():
+            return found
+        return found._replace(labels=np.where(is_beyond[:, None], IGNORED_LABEL, found.labels))
 
     def text_bytes(self, tokens: int, is_learned_whole: bool = True) -> float:
         """Return the bytes of text behind so many predicted tokens.
@@ -43,25 +46,17 @@ class HeldOutRows(Dataset[tuple[np.ndarray, ...]]):
         Of the whole set they are known. Of a part of it, and where only some tokens of a document count, they are the
         tokens times the set's mean bytes a token.
         """
-        packed = self.rows.packed
         if self.count == len(self.rows) and is_learned_whole:
-            return packed.text_bytes
-        return tokens * packed.text_bytes / max(1, packed.tokens)
+            return self.rows.text_bytes
+        return tokens * self.rows.text_bytes / max(1, self.rows.tokens)
 
 
 @dataclass(frozen=True)
-class Rounds:
-    """What one data rank takes of every round; a round is a micro-batch on each data rank."""
+class InOrder:
+    """The order of a set that is gone through once: round by round, each of so many rows."""
 
-    rows: int
-    local_batch_size: int
-    data_rank: int
-    data_ranks: int
+    global_batch_size: int
 
-    def __len__(self) -> int:
-        return -(-self.rows // (self.local_batch_size * self.data_ranks))
-
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the rows of this rank's one micro-batch in a round; numbers beyond the set are to count nothing."""
-        first = (step * self.data_ranks + self.data_rank) * self.local_batch_size
-        return [list(range(first, first + self.local_batch_size))]
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Return the rows of a round, counted from 0; numbers beyond the set are to count nothing."""
+        return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)

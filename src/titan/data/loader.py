@@ -1,23 +1,23 @@
-"""Micro-batches for one data rank, from any step on.
+"""The steps of one data rank, from any step on.
 
-PyTorch's DataLoader does the reading ahead; it hands batches out in the order of its sampler however many workers
-it has, and the sampler here is a plain function of the step, so there is no state to save.
+A step is G rows; data rank r of D takes the rows from r*G/D to (r+1)*G/D, in micro-batches one after the other. Which
+rows they are is a function of the step, so prepared data has no state to save; `titan.data.stream_loader` reads rows
+that are made while training.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from titan.data.batch import RowOrder, count_rows, find_starts, read_row
-from titan.data.packing import PackedTokens, TokenFile
+from titan.data.digest import count_padding, row_digest
+from titan.data.rows import Row
+from titan.data.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -47,105 +47,160 @@ class Batch:
         return [Batch(*pieces) for pieces in zip(*(column.chunk(parts) for column in columns), strict=True)]
 
     def pin_memory(self) -> Batch:
-        """Copy to memory from which a GPU can fetch by itself; DataLoader calls this."""
+        """Copy to memory from which a GPU can fetch by itself."""
         return self._map(lambda x: x.pin_memory())
+
+    def rows(self, first: int, last: int) -> Batch:
+        """Keep the rows [first, last)."""
+        return self._map(lambda x: x[first:last])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         starts = None if self.starts is None else change(self.starts)
         return Batch(change(self.tokens), change(self.labels), starts)
 
 
-class Shared(Protocol):
-    """Rows shared out over data ranks, step by step."""
+class Readable(Protocol):
+    """Rows that can be read by their numbers."""
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the rows of each of this rank's micro-batches in a step."""
+    def read(self, rows: Sequence[int] | np.ndarray) -> Row:
+        """Return some rows. Shape: (B, S) each."""
         ...
+
+
+class Ordered(Protocol):
+    """Says which rows a step has."""
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Return the rows of a step, counted from 0. Shape: (global_batch_size,), int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one data rank has of a step."""
+
+    number: int
+    """Counted from 1."""
+    batches: list[Batch]
+    """Its micro-batches; none for a step that is left out."""
+    digest: int = 0
+    """The sum of its rows' digests: `titan.data.digest`."""
+    padding: int = 0
+    """Positions at the ends of its rows that are only filled up."""
+    cursors: np.ndarray | None = None
+    """With streaming: where its streams stand after the step. Shape: (components * streams, K) int64, -1 for others."""
+
+    def prepared_for(self, device: torch.device, positions: Tensor | None) -> Step:
+        """Return the step with some positions of every row, on a device."""
+        batches = [batch.at(positions) for batch in self.batches]
+        if device.type == "cuda":
+            batches = [batch.pin_memory() for batch in batches]
+        moved = [batch.to(device) for batch in batches]
+        return Step(self.number, moved, self.digest, self.padding, self.cursors)
 
 
 @dataclass(frozen=True)
 class Share:
     """What one data rank takes of every step."""
 
-    order: RowOrder
+    global_batch_size: int
     local_batch_size: int
     data_rank: int
     data_ranks: int
 
-    def micro_batches(self, step: int) -> list[list[int]]:
-        """Return the rows of each of this rank's micro-batches in a step."""
-        rows = self.order.rows_of_step(step)
-        shaped = rows.reshape(-1, self.data_ranks, self.local_batch_size)
-        return shaped[:, self.data_rank].tolist()
+    @property
+    def places(self) -> range:
+        """Return which rows of the global batch this rank takes."""
+        size = self.global_batch_size // self.data_ranks
+        return range(self.data_rank * size, (self.data_rank + 1) * size)
+
+    @property
+    def micro_batches(self) -> list[range]:
+        """Return which rows of the global batch each micro-batch of this rank has."""
+        size, places = self.local_batch_size, self.places
+        return [range(first, first + size) for first in range(places.start, places.stop, size)]
 
 
-class PackedRows(Dataset[tuple[np.ndarray, ...]]):
-    """The rows of tokenised text, by number.
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a step that were read together."""
 
-    Args:
-        packed: The text.
-        seq_len: Tokens of a row.
-        padding: The token that fills the last row.
-        document_start: The token that every document begins with, to tell documents apart; None leaves them together.
-    """
-
-    def __init__(self, packed: PackedTokens, seq_len: int, padding: int, document_start: int | None = None) -> None:
-        self.packed, self.seq_len, self.padding, self.document_start = packed, seq_len, padding, document_start
-        self._tokens: TokenFile | None = None
-
-    def __len__(self) -> int:
-        return count_rows(self.packed.tokens, self.seq_len)
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, ...]:
-        if self._tokens is None:  # each worker opens the file itself
-            self._tokens = self.packed.open()
-        inputs, labels = read_row(self._tokens, row, self.seq_len, self.padding)
-        if self.document_start is None:
-            return inputs, labels
-        return inputs, labels, find_starts(inputs, self.document_start)
-
-
-class _Steps(Sampler[list[int]]):
-    def __init__(self, share: Shared, first_step: int, last_step: int, left_out: Collection[int]) -> None:
-        self.share, self.first_step, self.last_step, self.left_out = share, first_step, last_step, left_out
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.first_step, self.last_step):
-            if step not in self.left_out:
-                yield from self.share.micro_batches(step)
+    batch: Batch
+    digest: int
+    padding: int
 
 
 def build_loader(
-    rows: Dataset[tuple[np.ndarray, ...]],
-    share: Shared,
+    rows: Readable,
+    order: Ordered,
+    share: Share,
+    padding: int,
     first_step: int,
     last_step: int,
     num_workers: int = 0,
-    pin_memory: bool = False,
+    prefetch: int = 2,
     left_out: Collection[int] = (),
-) -> Iterable[Batch]:
-    """Return this rank's micro-batches of steps [first_step, last_step), counted from 0, in order; some left out."""
-    return DataLoader(  # type: ignore[return-value]
-        rows,
-        batch_sampler=_Steps(share, first_step, last_step, left_out),
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        persistent_workers=False,
-        generator=torch.Generator(),  # or a new loader draws from torch's own, which a resumed run must find as it was
-        worker_init_fn=_leave_stopping_to_the_rank,
-    )
+) -> Generator[Step, None, None]:
+    """Yield this rank's part of steps [first_step, last_step), counted from 0, in order.
 
+    Args:
+        rows: Where the rows are.
+        order: Which of them a step has.
+        share: Which of those this rank takes.
+        padding: The token that fills rows up.
+        first_step: The first.
+        last_step: The one after the last.
+        num_workers: Processes that read ahead; 0 reads here.
+        prefetch: Micro-batches that each of them reads ahead.
+        left_out: Steps that come without rows.
 
-def _leave_stopping_to_the_rank(worker: int) -> None:
-    """Let a worker outlive what schedulers (SIGTERM) and terminals (SIGINT) send to all processes.
-
-    Its rank still needs batches to stop. It ends when its rank says so, or has ended.
+    Raises:
+        TitanError: What reading a row has raised, in a worker too.
+        WorkerLost: If a worker has died.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    parts = share.micro_batches
+    steps = [step for step in range(first_step, last_step) if step not in left_out]
+
+    def make(worker: int, count: int) -> Iterator[MicroBatch]:
+        for number in range(worker, len(steps) * len(parts), count):
+            step, part = divmod(number, len(parts))
+            chosen = order.rows_of_step(steps[step])
+            yield _read(rows, padding, [(place, int(chosen[place])) for place in parts[part]])
+
+    makers = [lambda worker=worker: make(worker, num_workers) for worker in range(num_workers)]
+    workers: Workers[MicroBatch] = Workers(makers, prefetch)
+    here = make(0, 1)
+    try:
+        number = 0
+        for step in range(first_step, last_step):
+            read: list[MicroBatch] = []
+            for _ in parts if step not in left_out else ():
+                read.append(workers.next(number % num_workers) if num_workers else next(here))
+                number += 1
+            digest, padding = sum(micro.digest for micro in read), sum(micro.padding for micro in read)
+            yield Step(step + 1, [micro.batch for micro in read], digest, padding)
+    finally:
+        workers.close()
 
 
-def collate(rows: list[tuple[np.ndarray, ...]]) -> Batch:
-    """Stack rows into a batch."""
-    return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+def _read(rows: Readable, padding: int, chosen: Sequence[tuple[int, int]]) -> MicroBatch:
+    return account([place for place, _ in chosen], rows.read([row for _, row in chosen]), padding)
+
+
+def account(places: Sequence[int], rows: Row, padding: int) -> MicroBatch:
+    """Return rows as a batch, with what is to be known of them: see `Step`.
+
+    Args:
+        places: Where each row is in the global batch.
+        rows: Several.
+        padding: The token that fills rows up.
+    """
+    digest = sum(row_digest(place, rows.at(index)) for index, place in enumerate(places))
+    return MicroBatch(collate(rows), digest, count_padding(rows, padding))
+
+
+def collate(rows: Row | list[Row]) -> Batch:
+    """Make a batch of rows that were read together, or one by one."""
+    if isinstance(rows, list):
+        rows = Row(*(None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)))  # type: ignore[arg-type]
+    return Batch(*(None if column is None else torch.from_numpy(column) for column in rows))  # type: ignore[arg-type]

@@ -1,190 +1,85 @@
-"""Documents from files, one after the other, always in the same order.
-
-A document that cannot be read is either an error that names file and line, or it is counted under its reason and
-reported at the end: nothing is dropped in silence.
-"""
+"""Documents, one after the other, always in the same order: which shards a config stands for."""
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
-
-import zstandard
 
 from titan.config.files import find_files, find_standard_library
-from titan.config.schema import BadDocuments, DataKind, SourceConfig
+from titan.config.schema import DataKind, SourceConfig
+from titan.data.file_source import file_shards
+from titan.data.shard import Content, Document, Shard
 from titan.errors import DataError
+
+__all__ = ["Content", "Document", "Shard", "Source", "open_source"]
 
 
 @dataclass
 class Source:
-    """The documents of a data config, and an account of them.
-
-    Iterating reads the files anew; `documents`, `text_bytes` and `skipped` then describe what was read.
-    """
+    """The documents of a data config, in shards that can be read apart from each other."""
 
     config: SourceConfig
-    files: list[Path]
-    documents: int = 0
-    text_bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Documents left out, by reason."""
+    shards: list[Shard]
+    """Always in the same order."""
+    files: list[Path] = field(default_factory=list)
+    """What is read, where that is files."""
 
-    def __iter__(self) -> Iterator[str]:
-        self.documents = self.text_bytes = 0
-        self.skipped = Counter()
-        read = self._read_lines if self.config.kind is DataKind.jsonl else self._read_whole
-        for file in self.files:
-            for text in read(file):
-                if not text:
-                    self.skipped["empty"] += 1
-                    continue
-                self.documents += 1
-                self.text_bytes += len(text.encode("utf-8", "surrogatepass"))
-                yield text
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents of all shards in their order."""
+        for shard in self.shards:
+            yield from shard.read()
 
-    def _read_whole(self, file: Path) -> Iterator[str]:
-        try:
-            content = b"".join(_open_blocks(file))
-        except _UNREADABLE as error:
-            self._refuse(f"{file}: {_reason(error)}", "unreadable file")
-            return
-        try:
-            yield content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            self._refuse(f"{file}, line {line}: not UTF-8 ({error.reason} at byte {error.start})", "not UTF-8")
+    @property
+    def documents(self) -> int:
+        """How many documents were read."""
+        return sum(shard.documents for shard in self.shards)
 
-    def _read_lines(self, file: Path) -> Iterator[str]:
-        lines = _open_lines(file)
-        number = 0
-        while True:
-            try:
-                line = next(lines, None)
-            except _UNREADABLE as error:
-                self._refuse(f"{file}, after line {number}: {_reason(error)}", "unreadable file")
-                return
-            if line is None:
-                return
-            number += 1
-            if line.strip():
-                yield from self._parse_line(line, f"{file}, line {number}")
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the text that was read, in UTF-8."""
+        return sum(shard.text_bytes for shard in self.shards)
 
-    def _parse_line(self, line: bytes, where: str) -> Iterator[str]:
-        name = self.config.text_field
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            return self._refuse(f"{where}: not UTF-8 ({error.reason} at byte {error.start})", "not UTF-8")
-        except (ValueError, RecursionError) as error:
-            return self._refuse(f"{where}: broken JSON ({error})", "broken JSON")
-        if not isinstance(record, dict) or name not in record:
-            there = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "it is no object"
-            return self._refuse(f"{where}: no field {name!r} ({there})", f"no field {name!r}")
-        text = record[name]
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            return self._refuse(f"{where}: field {name!r} is of type {kind}, not text", f"{name!r} is not text")
-        yield text
-
-    def _refuse(self, message: str, reason: str) -> None:
-        if self.config.bad_documents is BadDocuments.error:
-            hint = "data.bad_documents=skip leaves such documents out, counted and reported"
-            if reason.startswith("no field"):
-                hint = f"data.text_field=NAME names the field to read; {hint}"
-            raise DataError(f"{message}\n  {hint}")
-        self.skipped[reason] += 1
+    @property
+    def skipped(self) -> Counter[str]:
+        """Documents left out, by reason."""
+        return sum((shard.skipped for shard in self.shards), Counter())
 
 
-def open_source(config: SourceConfig) -> Source:
-    """Return the documents that a data config stands for.
+def open_source(config: SourceConfig, streaming: bool = False) -> Source:
+    """Return the documents that a config stands for.
+
+    Args:
+        config: What to read.
+        streaming: Whether a dataset of the hub is read while it is fetched, instead of after.
 
     Raises:
-        DataError: If there is no file.
+        DataError: If there is nothing to read, or the dataset cannot be had.
+    """
+    if config.kind in (DataKind.huggingface, DataKind.parquet, DataKind.arrow):
+        from titan.data.table_source import open_tables  # which takes seconds to import
+
+        files = [] if config.kind is DataKind.huggingface else source_files(config)
+        shards = open_tables(config, files, streaming)
+        return Source(config, shards, files)
+    files = source_files(config)
+    return Source(config, file_shards(config, files), files)
+
+
+def source_files(config: SourceConfig) -> list[Path]:
+    """Return the files that a config stands for, sorted; those of a dataset in a local folder too.
+
+    Raises:
+        DataError: If there is none.
     """
     if config.kind is DataKind.python_stdlib:
-        files = find_standard_library()
-    else:
-        assert config.path is not None, "checked before anything was started"
-        files = find_files(config.path, config.kind.name)
+        return find_standard_library()
+    if config.kind is DataKind.huggingface:
+        assert config.dataset is not None, "checked before anything was started"
+        return find_files(config.dataset, "text") if Path(config.dataset).is_dir() else []
+    assert config.path is not None, "checked before anything was started"
+    files = find_files(config.path, config.kind.name)
     if not files:
         raise DataError(f"no files to read for data={config.kind.name}, data.path={config.path}")
-    return Source(config, files)
-
-
-_UNREADABLE = (OSError, EOFError, zstandard.ZstdError, gzip.zlib.error)  # type: ignore[attr-defined]
-_BLOCK_BYTES = 1 << 20
-_ZSTD_BYTES = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
-
-
-def _open_blocks(file: Path) -> Iterator[bytes]:
-    with _open(file) as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            yield block
-
-
-def _open_lines(file: Path) -> Iterator[bytes]:
-    with _open(file) as stream:
-        yield from stream
-
-
-def _open(file: Path) -> BinaryIO:
-    if file.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(file, "rb"))
-    if file.suffix == ".zst":
-        return cast(BinaryIO, io.BufferedReader(_ZstdFile(file), _BLOCK_BYTES))
-    return file.open("rb", buffering=_BLOCK_BYTES)
-
-
-class _ZstdFile(io.RawIOBase):
-    """Any number of zstd frames, one after the other.
-
-    zstandard's own stream reader is not used: it takes a file that was cut short for its end, and what is missing
-    would be dropped in silence.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file.open("rb")
-        self._frame = None
-        self._compressed = b""
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        self._plain = self._plain or memoryview(self._decompress())
-        part, self._plain = self._plain[: len(buffer)], self._plain[len(buffer) :]
-        buffer[: len(part)] = part
-        return len(part)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def _decompress(self) -> bytes:
-        while True:
-            self._compressed = self._compressed or self._file.read(_ZSTD_BYTES)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return b""
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            plain = self._frame.decompress(self._compressed)
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
-            if plain:
-                return plain
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+    return files

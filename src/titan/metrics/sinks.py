@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ class JsonLines:
 class Console:
     """One line a logged step, and on a terminal a progress bar below them."""
 
-    def __init__(self, total_steps: int, first_step: int, tokens_to_bytes: tuple[int, int]) -> None:
+    def __init__(self, total_steps: int, first_step: int, tokens_to_bytes: Callable[[], tuple[int, int]]) -> None:
         self.total_steps = total_steps
-        self._tokens, self._text_bytes = tokens_to_bytes
+        self._tokens_to_bytes = tokens_to_bytes
         self._bar = None
         if sys.stdout.isatty():
             from tqdm import tqdm
@@ -88,7 +89,7 @@ class Console:
         if "validation_loss" in row:
             logger.info(format_validation(row, self.total_steps))
         else:
-            logger.info(format_row(row, self.total_steps, self._tokens, self._text_bytes))
+            logger.info(format_row(row, self.total_steps, *self._tokens_to_bytes()))
 
     def close(self) -> None:
         """Take the progress bar away."""

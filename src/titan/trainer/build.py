@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from titan.checkpoint.state import NamedParameters
 from titan.checkpoint.store import CheckpointStore
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
-from titan.config.schema import CheckpointMode, TitanConfig
-from titan.data.batch import RowOrder
+from titan.config.schema import CheckpointMode, SourceConfig, TitanConfig
+from titan.data.feed import Feed, PreparedFeed, StreamedText, build_stream_feed, open_streams
 from titan.data.held_out import HeldOutRows
-from titan.data.loader import PackedRows, Share
-from titan.data.packing import PackedTokens, pack_tokens
-from titan.data.tokenizer import Tokenizer, build_tokenizer
+from titan.data.loader import Share
+from titan.data.mixture import Preparation, load_rows
+from titan.data.prepare import Progress, describe_progress
+from titan.data.rows import Rows
+from titan.data.tokenizer import build_tokenizer
 from titan.errors import ConfigError
 from titan.log import logger
 from titan.models.decoder import Decoder
@@ -53,9 +55,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     forward_backward: ForwardBackward
     evaluate: Evaluate
-    packed: PackedTokens
-    rows: PackedRows
-    share: Share
+    data: Feed
     positions: Tensor | None
     """Which positions of every row this rank has; None for all."""
     store: CheckpointStore | None
@@ -74,14 +74,14 @@ class Trainer:
 
 
 def build_trainer(
-    config: TitanConfig, device: torch.device, packed: PackedTokens, held_out: PackedTokens | None = None
+    config: TitanConfig, device: torch.device, data: Rows | StreamedText, held_out: Rows | None = None
 ) -> Trainer:
     """Return a trainer with initial weights; the default process group must be there.
 
     Args:
         config: Resolved.
         device: This rank's.
-        packed: The data.
+        data: What to train on.
         held_out: What to validate on; None never validates, whatever the config says.
 
     Raises:
@@ -95,10 +95,6 @@ def build_trainer(
     family = load_family(config.model.family)
     model = build_model(config, family, mesh, device)
     optimizer = build_optimizer(model.parameters, config.optimizer, device)
-    tokenizer = build_tokenizer(config.tokenizer)
-    document_start = tokenizer.bos if config.data.mask_documents else None
-    rows = PackedRows(packed, config.training.seq_len, padding=tokenizer.eos, document_start=document_start)
-    order = RowOrder(len(rows), config.training.global_batch_size, config.training.seed)
     directory = RunDirectory(Path(config.run.dir))
     store = None
     if config.checkpoint.mode is not CheckpointMode.disabled:
@@ -120,14 +116,12 @@ def build_trainer(
         optimizer,
         model.forward_backward,
         model.evaluate,
-        packed,
-        rows,
-        Share(order, config.training.local_batch_size, mesh.data_rank, mesh.data_ranks),
+        build_feed(config, data, mesh.data_rank, mesh.data_ranks),
         _positions(config, mesh),
         store,
     )
     if held_out is not None:
-        trainer.held_out = build_validation_rows(config, held_out, tokenizer)
+        trainer.held_out = HeldOutRows(held_out, config.validation.rows)
     for line in describe_trainer(trainer, model.applied):
         logger.info(line)
     return trainer
@@ -140,28 +134,55 @@ def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
     return positions_of_rank(config.training.seq_len, ranks, mesh.coordinates["cp"], config.parallelism.cp_head_tail)
 
 
-def load_packed_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens:
-    """Return the tokenised data; before the process group is there, so that no collective waits for it."""
-    tokenizer = build_tokenizer(config.tokenizer)
+def load_data(config: TitanConfig, is_writer: bool) -> Rows | StreamedText:
+    """Return the data: tokenised, or open; before the process group is there, so that no collective waits for it."""
+    if config.data.streaming:
+        return open_streams(config.data, build_tokenizer(config.tokenizer))
+    return _load_rows(config, config.data, is_writer)
+
+
+def _load_rows(config: TitanConfig, source: SourceConfig, is_writer: bool) -> Rows:
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
-    return pack_tokens(config.data, config.data.cache_dir, tokenizer, is_writer, config.cluster.timeout_seconds)
+    preparation = Preparation(
+        build_tokenizer(config.tokenizer),
+        config.tokenizer,
+        config.data.cache_dir,
+        is_writer,
+        config.cluster.timeout_seconds,
+        config.data.prepare_workers,
+        _report,
+    )
+    return load_rows(source, config.training.seq_len, preparation, config.data.packing, config.data.mask_documents)
 
 
-def load_held_out_tokens(config: TitanConfig, is_writer: bool) -> PackedTokens | None:
-    """Return the tokenised text to validate on, if the config validates; before the process group is there too."""
+def _report(component: str, progress: Progress) -> None:
+    logger.info(f"{'tokenise':<10} {describe_progress(progress, component)}")
+
+
+def build_feed(config: TitanConfig, data: Rows | StreamedText, data_rank: int, data_ranks: int) -> Feed:
+    """Return what a data rank is fed with.
+
+    Args:
+        config: Resolved.
+        data: From `load_data`.
+        data_rank: This rank's share of the rows.
+        data_ranks: How many shares there are.
+    """
+    training = config.training
+    share = Share(training.global_batch_size, training.local_batch_size, data_rank, data_ranks)
+    if isinstance(data, StreamedText):
+        return build_stream_feed(data, share, training.seq_len, training.seed)
+    order = data.order(training.global_batch_size, training.seed)
+    padding = build_tokenizer(config.tokenizer).eos
+    return PreparedFeed(data, order, share, padding, config.data.num_workers, config.data.prefetch)
+
+
+def load_held_out(config: TitanConfig, is_writer: bool) -> Rows | None:
+    """Return the rows to validate on, if the config validates: made as those to train on are, and tokenised before."""
     settings = config.validation
     if not settings.interval or settings.data is None:
         return None
-    assert config.data.cache_dir is not None, "resolved before the config was frozen"
-    tokenizer = build_tokenizer(config.tokenizer)
-    return pack_tokens(settings.data, config.data.cache_dir, tokenizer, is_writer, config.cluster.timeout_seconds)
-
-
-def build_validation_rows(config: TitanConfig, held_out: PackedTokens, tokenizer: Tokenizer) -> HeldOutRows:
-    """Return the rows to validate on: made of the held-out text as the rows to train on are of theirs."""
-    document_start = tokenizer.bos if config.data.mask_documents else None
-    rows = PackedRows(held_out, config.training.seq_len, padding=tokenizer.eos, document_start=document_start)
-    return HeldOutRows(rows, config.validation.rows)
+    return _load_rows(config, settings.data, is_writer)
 
 
 def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
@@ -191,15 +212,7 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
             + (f", in {micro} micro-batches a rank" if micro > 1 else ""),
         ),
     ]
-    lines += [("data", line) for line in trainer.packed.describe(training.seq_len)]
-    rows = len(trainer.rows)
-    lines.append(
-        (
-            "data",
-            f"{rows:,} rows; {training.steps} steps are "
-            f"{training.steps * training.global_batch_size / rows:.3g} epochs",
-        )
-    )
+    lines += [("data", line) for line in trainer.data.describe(training.steps)]
     if trainer.held_out is not None:
         count, whole = len(trainer.held_out), len(trainer.held_out.rows)
         lines.append(

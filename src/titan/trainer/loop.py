@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from titan.config.degrees import accumulation_steps
 from titan.config.schema import CheckpointContent
-from titan.data.loader import Batch, build_loader
+from titan.data.digest import format_digest, to_signed
+from titan.data.loader import Step
 from titan.errors import NonFiniteError, Stopped
 from titan.log import logger
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
@@ -61,28 +62,36 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
         profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
         result = None
-        began, batches = time.perf_counter(), steps_of_batches(trainer, meter, ledger.steps)
+        rows_log = open_rows_log(trainer)
+        if rows_log is not None:
+            stack.callback(rows_log.close)
+        began, reader = time.perf_counter(), StepReader(trainer, meter, ledger.steps)
+        stack.callback(lambda: reader.close())
         reset_peak_memory(trainer.device)
         if config.checkpoint.save_initial and trainer.state.step == 0:
             save_surely(trainer, saver, watchdog, warning)
         while (state := trainer.state).step < steps:
             validator.run_if_due()
             if state.step + 1 in ledger.steps:
+                reader.pass_over(state.step + 1)
                 state.step += 1
             else:
                 watchdog.step(state.step + 1)
                 try:
-                    result, learning_rate = run_step(trainer, next(batches), saver.wait_for_copies)
+                    result, learning_rate = run_step(trainer, reader.read(state.step + 1), saver.wait_for_copies)
                 except NonFiniteError as spike:
                     with watchdog.extended():
                         has_gone_back = ledger.answer(spike, saver)
                     if has_gone_back:
-                        batches = steps_of_batches(trainer, meter, ledger.steps)
-                        for sink in sinks:
+                        reader.close()
+                        reader = StepReader(trainer, meter, ledger.steps)
+                        for sink in (*sinks, *([rows_log] if rows_log is not None else [])):
                             sink.rewind(trainer.state.step)
                         validator.rewind(trainer.state.step)
                     continue
                 meter.steps += 1
+                if rows_log is not None:
+                    rows_log.write(describe_rows(trainer, result))
                 if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
                     write_metrics(trainer, meter, result, learning_rate, sinks)
             for sink in sinks:
@@ -99,7 +108,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)
         validator.run_if_due()
     if dist.get_rank() == 0 and result is not None:
-        bits = bits_per_byte(result.loss, trainer.packed.tokens, trainer.packed.text_bytes)
+        bits = bits_per_byte(result.loss, *trainer.data.tokens_to_bytes)
         logger.info(
             f"done: step {state.step}, loss {result.loss:.4f} nats a token = {bits:.3f} bits a byte, "
             f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}"
@@ -149,18 +158,32 @@ def open_sinks(trainer: Trainer) -> list[JsonLines | Console]:
     if dist.get_rank() != 0:
         return []
     step, steps = trainer.state.step, trainer.config.training.steps
-    console = Console(steps, step, (trainer.packed.tokens, trainer.packed.text_bytes))
+    console = Console(steps, step, lambda: trainer.data.tokens_to_bytes)
     return [JsonLines(trainer.directory.metrics, step), console]
 
 
+def open_rows_log(trainer: Trainer) -> JsonLines | None:
+    """Return where one rank writes down which rows every step had; None on the others."""
+    return JsonLines(trainer.directory.rows, trainer.state.step) if dist.get_rank() == 0 else None
+
+
+def describe_rows(trainer: Trainer, result: StepResult) -> dict[str, Any]:
+    """Return the line of data.jsonl for the step that was just taken."""
+    step = trainer.state.step
+    digest, padding = result.account
+    row = {"step": step, "digest": format_digest(digest), "tokens": result.valid_tokens, "padding": padding}
+    by_component = trainer.data.rows_by_component(step - 1)
+    return row if by_component is None else row | {"rows": by_component}
+
+
 def run_step(
-    trainer: Trainer, batches: list[Batch], before_update: Callable[[], None] = lambda: None
+    trainer: Trainer, rows: Step, before_update: Callable[[], None] = lambda: None
 ) -> tuple[StepResult, float]:
     """Take the next step with its learning rate, and count it; returns what it gave and that rate.
 
     Args:
         trainer: Whose next step it is.
-        batches: The step's micro-batches on this rank.
+        rows: The step's, on this rank.
         before_update: Called before any weight or optimizer state changes.
 
     Raises:
@@ -169,8 +192,10 @@ def run_step(
     config, state = trainer.config, trainer.state
     learning_rate = config.optimizer.lr * lr_factor(state.step, config.training.steps, config.lr_scheduler)
     set_learning_rate(trainer.optimizer, learning_rate)
+    # ranks that share sequences have the same rows, which count once
+    is_counted = trainer.mesh.coordinates["cp"] == 0
     result = train_step(
-        batches,
+        rows.batches,
         trainer.forward_backward,
         [parameter for _, parameter in trainer.parameters],
         trainer.optimizer,
@@ -180,6 +205,7 @@ def run_step(
         trainer.copies,
         config.fault_tolerance.spike_grad_norm,
         before_update,
+        (to_signed(rows.digest), rows.padding) if is_counted else (0, 0),
     )
     state.step += 1
     state.tokens += trainer.tokens_per_step
@@ -197,31 +223,54 @@ def build_meter(trainer: Trainer) -> Meter:
     )
 
 
-def steps_of_batches(trainer: Trainer, meter: Meter, left_out: Collection[int] = ()) -> Iterator[list[Batch]]:
+def steps_of_batches(trainer: Trainer, meter: Meter, left_out: Collection[int] = ()) -> Generator[Step, None, None]:
     """Yield each step's micro-batches on the device; the time waited for them goes into the meter.
 
     Args:
-        trainer: From whose next step on.
+        trainer: From whose next step on. Its data's cursors follow.
         meter: Takes the time.
-        left_out: Steps, counted from 1, that have none.
+        left_out: Steps, counted from 1, that come without any.
     """
-    config = trainer.config
-    loader = iter(
-        build_loader(
-            trainer.rows,
-            trainer.share,
-            trainer.state.step,
-            config.training.steps,
-            config.data.num_workers,
-            pin_memory=trainer.device.type == "cuda",
-            left_out={step - 1 for step in left_out},
-        )
-    )
-    while True:
-        start = time.perf_counter()
-        batches = [next(loader).at(trainer.positions).to(trainer.device) for _ in range(accumulation_steps(config))]
-        meter.data_seconds += time.perf_counter() - start
-        yield batches
+    steps = trainer.data.steps(trainer.state.step, trainer.config.training.steps, {step - 1 for step in left_out})
+    with contextlib.closing(steps):
+        while True:
+            start = time.perf_counter()
+            if (found := next(steps, None)) is None:
+                return
+            step = found.prepared_for(trainer.device, trainer.positions)
+            trainer.data.cursors = step.cursors
+            meter.data_seconds += time.perf_counter() - start
+            yield step
+
+
+class StepReader:
+    """Reads the steps of a trainer, by number.
+
+    Args:
+        trainer: From whose next step on.
+        meter: Takes the time waited.
+        left_out: Steps, counted from 1, that come without rows.
+    """
+
+    def __init__(self, trainer: Trainer, meter: Meter, left_out: Collection[int]) -> None:
+        self._steps = steps_of_batches(trainer, meter, left_out)
+        self._number = trainer.state.step
+
+    def read(self, number: int) -> Step:
+        """Return the next step, which has that number."""
+        step = next(self._steps)
+        assert step.number == number, "steps are read in order"
+        self._number = number
+        return step
+
+    def pass_over(self, number: int) -> None:
+        """Pass over a step that is left out, unless it was read: at the time of the spike."""
+        if self._number < number:
+            self.read(number)
+
+    def close(self) -> None:
+        """End the processes that read ahead."""
+        self._steps.close()
 
 
 def write_metrics(

@@ -7,7 +7,7 @@ ranks and micro-batches, *before* the backward pass, and every reduction of grad
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -40,8 +40,19 @@ def loss_share(logits: Tensor, labels: Tensor, valid_tokens: Tensor, loss_sum: L
     return loss_sum(logits.flatten(0, -2), labels.flatten()) / valid_tokens
 
 
-def count_valid_tokens(labels: list[Tensor], group: dist.ProcessGroup) -> Tensor:
-    """Return how many positions count in the global batch; at least 1. Shape: (), float32."""
-    count = torch.stack([(part != IGNORED_LABEL).sum() for part in labels]).sum().float()
-    dist.all_reduce(count, group=group)
-    return count.clamp(min=1)
+def count_valid_tokens(labels: list[Tensor], group: dist.ProcessGroup, account: Sequence[int] = ()) -> Tensor:
+    """Return how many positions count in the global batch, and behind it more sums over the ranks.
+
+    Args:
+        labels: Of this rank's micro-batches.
+        group: The ranks that see other tokens.
+        account: What else to add up, modulo 2^64, in the same exchange.
+
+    Shape:
+        (1 + len(account),) int64.
+    """
+    count = torch.stack([(part != IGNORED_LABEL).sum() for part in labels]).sum(0, keepdim=True)
+    more = torch.tensor(account, dtype=torch.int64).to(count.device, non_blocking=True)
+    counts = torch.cat((count, more))
+    dist.all_reduce(counts, group=group)
+    return counts

@@ -24,11 +24,13 @@ from titan.checkpoint.manifest import Manifest
 from titan.checkpoint.state import optimizer_state, weights_state
 from titan.checkpoint.store import CheckpointStore
 from titan.config.schema import CheckpointConfig, CheckpointMode, TitanConfig
+from titan.data.feed import StreamedText
 from titan.data.loader import Batch
-from titan.data.packing import PackedTokens
+from titan.data.rows import Rows
 from titan.errors import StorageError
 from titan.trainer.build import Trainer, build_trainer
 from titan.trainer.loop import build_meter, run_step, steps_of_batches
+from titan.trainer.saving import data_state
 from titan.trainer.validation import validate
 
 
@@ -78,20 +80,20 @@ class Difference:
 def record_run(
     config: TitanConfig,
     device: torch.device,
-    packed: PackedTokens,
+    data: Rows | StreamedText,
     steps: int | None = None,
-    held_out: PackedTokens | None = None,
+    held_out: Rows | None = None,
 ) -> Record | None:
     """Train some steps of a config and return what they did, on rank 0; None on all other ranks.
 
     Args:
         config: Resolved.
         device: This rank's.
-        packed: The data.
+        data: What to train on.
         steps: How many; None for all.
         held_out: What to validate on, whatever interval the config says.
     """
-    trainer = build_trainer(config, device, packed, held_out)
+    trainer = build_trainer(config, device, data, held_out)
     batches = steps_of_batches(trainer, build_meter(trainer))
     losses: list[float] = []
     norms: list[float] = []
@@ -119,6 +121,7 @@ def save_copy(trainer: Trainer, folder: Path) -> None:
     settings = CheckpointConfig(mode=CheckpointMode["sync"], keep_latest=0)
     store = CheckpointStore(folder, settings)
     state = weights_state(trainer.parameters) | optimizer_state(trainer.parameters, trainer.optimizer)
+    state |= data_state(trainer)
     store.save(Manifest(trainer.state.step, 0, "all", "", {}), state, "", in_background=False)
     outcome = store.result()
     store.close()
@@ -155,14 +158,14 @@ def note_rows(trainer: Trainer, path: Path) -> Iterator[None]:
 def _global_rows(parts: list[tuple[int, Tensor | None, list[Tensor]]], data_ranks: int, seq_len: int) -> Tensor:
     """Put the ranks' micro-batches together. Shape: (G, S) int64; -1 where no rank had a position."""
     micro, rows = len(parts[0][2]), parts[0][2][0].shape[0]
-    out = torch.full((micro, data_ranks, rows, seq_len), -1, dtype=torch.int64)
+    out = torch.full((data_ranks, micro, rows, seq_len), -1, dtype=torch.int64)
     for data_rank, positions, batches in parts:
         where = torch.arange(seq_len) if positions is None else positions.cpu()
         for index, tokens in enumerate(batches):
-            before = out[index, data_rank][:, where]
+            before = out[data_rank, index][:, where]
             if not ((before == -1) | (before == tokens)).all():
                 raise ValueError(f"ranks that share data rank {data_rank} were given different rows")
-            out[index, data_rank][:, where] = tokens
+            out[data_rank, index][:, where] = tokens
     return out.flatten(0, 2)
 
 

@@ -17,6 +17,7 @@ from titan.checkpoint.first_rank import on_first_rank
 from titan.checkpoint.hugging_face import is_hugging_face
 from titan.checkpoint.manifest import NAME, Damaged, Manifest
 from titan.checkpoint.state import (
+    CURSORS,
     MODEL,
     OPTIMIZER,
     create_optimizer_state,
@@ -100,7 +101,8 @@ def load_checkpoint(
             create_optimizer_state(trainer.optimizer)
         state |= optimizer_state(trainer.parameters, trainer.optimizer)
     state = {name: tensor for name, tensor in state.items() if not _fits_any(name, exclude)}
-    prefixes = (MODEL, OPTIMIZER) if takes_all else (MODEL,)
+    cursors = _cursors(trainer, manifest, infos, exclude) if takes_all else {}
+    prefixes = (MODEL, OPTIMIZER, *cursors) if takes_all else (MODEL,)
 
     def is_wanted(name: str) -> bool:
         return name.startswith(prefixes) and not _fits_any(name, exclude)
@@ -108,10 +110,12 @@ def load_checkpoint(
     # the generators are those of ranks; on another mesh there are others, and nothing that they draw is missed
     is_same_mesh = takes_all and manifest.mesh == trainer.mesh.degrees
     generators = _generators(infos) if is_same_mesh and not exclude else {}
-    store.load(folder, state | generators, is_wanted, can_cast=not takes_all, metadata=metadata)
+    store.load(folder, state | cursors | generators, is_wanted, can_cast=not takes_all, metadata=metadata)
     fill_copies(trainer.parameters, trainer.optimizer if takes_all and has_optimizer else None)
     for tensor in generators.values():
         set_rng_state(tensor)
+    if cursors:
+        trainer.data.cursors = cursors[CURSORS].numpy()
     if takes_all:
         trainer.state = TrainState(step=manifest.step, tokens=manifest.tokens)
 
@@ -176,6 +180,20 @@ def _generators(infos: dict[str, TensorInfo]) -> dict[str, Tensor]:
     return {name: torch.zeros(infos[name].shape, dtype=torch.uint8)} if name in infos else {}
 
 
+def _cursors(
+    trainer: Trainer, manifest: Manifest, infos: dict[str, TensorInfo], exclude: Sequence[str]
+) -> dict[str, Tensor]:
+    """Return something to read the streams' cursors into, if they are of the data that this run streams."""
+    if trainer.data.cursors is None or _fits_any(CURSORS, exclude):
+        return {}
+    if manifest.data.get("digest") != trainer.data.identity["digest"]:
+        logger.info(f"step {manifest.step} was trained on other data: this run's begins at its beginning")
+        return {}
+    if CURSORS not in infos:
+        raise CheckpointError(f"step {manifest.step} has no {CURSORS}, so nobody knows where its data goes on")
+    return {CURSORS: torch.zeros(trainer.data.cursors.shape, dtype=torch.int64)}
+
+
 def _check_continues(trainer: Trainer, saved: Saved) -> None:
     """Hold the config and the data of a checkpoint against the run's."""
     before = load_config(saved.path / CONFIG)
@@ -197,12 +215,17 @@ def _check_continues(trainer: Trainer, saved: Saved) -> None:
             [
                 Problem(
                     f"data.path = {trainer.config.data.path} has changed since step {saved.manifest.step} was saved",
-                    f"It made {saved.manifest.data.get('tokens', 0):,} tokens then and makes {now['tokens']:,} now, "
-                    "so every row would be another.",
+                    _describe_change(saved.manifest.data.get("tokens"), now["tokens"]),
                     f"run.dir=ANOTHER checkpoint.initial_load={saved.path} checkpoint.initial_content=all",
                 )
             ]
         )
+
+
+def _describe_change(before: int | None, now: int | None) -> str:
+    if before is None or now is None:
+        return "Its files are others, or of another size, so every row would be another."
+    return f"It made {before:,} tokens then and makes {now:,} now, so every row would be another."
 
 
 def _identify(trainer: Trainer, run: str, saved: Saved | None) -> None:

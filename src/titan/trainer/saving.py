@@ -10,11 +10,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from titan.checkpoint.manifest import Manifest, versions
-from titan.checkpoint.state import optimizer_state, rng_name, rng_state, weights_state
+from titan.checkpoint.state import CURSORS, optimizer_state, rng_name, rng_state, weights_state
 from titan.checkpoint.store import CheckpointStore, Saved
 from titan.config.load import config_text
 from titan.config.schema import CheckpointConfig, CheckpointContent, CheckpointMode
@@ -213,13 +214,24 @@ class Saver:
             dtype = DTYPES[self.settings.last_dtype]
             return {name: tensor.to(dtype) for name, tensor in weights.items()}
         state = weights | optimizer_state(trainer.parameters, trainer.optimizer)
+        state |= data_state(trainer)
         return state | {rng_name(dist.get_rank()): rng_state()}
 
 
 def describe_data(trainer: Trainer) -> dict[str, Any]:
     """Return what says which data a run is trained on and where in it the next step begins."""
-    return {
-        "digest": trainer.packed.digest,
-        "tokens": trainer.packed.tokens,
-        "rows": trainer.state.step * trainer.config.training.global_batch_size,
-    }
+    return {**trainer.data.identity, "rows": trainer.state.step * trainer.config.training.global_batch_size}
+
+
+def data_state(trainer: Trainer) -> dict[str, Tensor]:
+    """Return where the streams of all ranks stand, the same on every rank; nothing where the data needs no state.
+
+    All ranks take part, for each knows its own streams only.
+    """
+    if trainer.data.cursors is None:
+        return {}
+    cursors = torch.from_numpy(trainer.data.cursors).to(trainer.device)
+    if dist.get_world_size() > 1:
+        cursors = cursors.clone()
+        dist.all_reduce(cursors, op=dist.ReduceOp.MAX)  # -1 where a rank does not know
+    return {CURSORS: cursors.cpu()}

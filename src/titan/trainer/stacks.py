@@ -106,7 +106,9 @@ def find_place(frames: Sequence[Frame]) -> Place:
     for frame in frames:
         if _TORCH.search(frame.path):
             is_waiting |= bool(_TORCH_WAITS.search(frame.path)) or frame.function == "_engine_run_backward"
-            reads |= "/torch/utils/data/" in frame.path
+            continue
+        if "/titan/data/" in frame.path and (reads or frame.path.endswith("/workers.py")):
+            reads = True  # from the processes that read ahead
             continue
         if _STANDARD_LIBRARY.search(frame.path):
             continue

@@ -36,6 +36,10 @@ class StepResult:
     """Mean cross-entropy of the global batch in nats a token, before the step."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    valid_tokens: int = 0
+    """Positions of the global batch that count in the loss."""
+    account: tuple[int, ...] = ()
+    """What else was added up over the ranks, modulo 2^64."""
 
 
 def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackward:
@@ -79,6 +83,7 @@ def train_step(
     copies: Sequence[nn.Parameter] = (),
     spike_grad_norm: float | None = None,
     before_update: Callable[[], None] = lambda: None,
+    account: Sequence[int] = (),
 ) -> StepResult:
     """Do one step on this rank's micro-batches.
 
@@ -93,14 +98,15 @@ def train_step(
         copies: Those of the parameters whose original is on another stage: they count once in the norm.
         spike_grad_norm: A norm above this is as bad as one that is not finite; None knows no limit.
         before_update: Called before any weight or optimizer state changes.
+        account: Integers of this rank to add up over the ranks that see other tokens.
 
     Raises:
         NonFiniteError: If the loss or the gradient norm is not finite, or the norm above its limit, before any weight
             has moved; on every rank, if on one of them.
     """
     optimizer.zero_grad()
-    valid_tokens = count_valid_tokens([batch.labels for batch in batches], loss_group)
-    loss = forward_backward(batches, valid_tokens)
+    counts = count_valid_tokens([batch.labels for batch in batches], loss_group, account)
+    loss = forward_backward(batches, counts[0].float().clamp(min=1))
     dist.all_reduce(loss, group=loss_group)
     if stage_group is not None:  # only the last stage knows it
         dist.all_reduce(loss, group=stage_group)
@@ -110,8 +116,12 @@ def train_step(
     # Both are global, but each tensor-parallel rank and each replica has computed them by itself.
     is_bad = is_bad.to(loss.dtype)
     dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
-    *values, is_bad_anywhere = torch.stack((loss, norm.to(loss.dtype), is_bad)).tolist()
-    result = StepResult(*values)
+    values = torch.stack((loss, norm.to(loss.dtype), is_bad)).double()
+    # all in one fetch, for each waits for the device
+    fetched = torch.cat((values.view(torch.int64), counts)).cpu()
+    loss_value, norm_value, is_bad_anywhere = fetched[:3].view(torch.float64).tolist()
+    valid_tokens, *sums = fetched[3:].tolist()
+    result = StepResult(loss_value, norm_value, valid_tokens, tuple(sums))
     if is_bad_anywhere:
         wrong = describe_spike(result, spike_grad_norm)
         raise NonFiniteError(f"{wrong}; no weight was moved", result.loss, result.grad_norm)

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 from titan.config.schema import RecordFormat
 from titan.data.batch import IGNORED_LABEL
-from titan.data.held_out import HeldOutRows, Rounds
-from titan.data.loader import Batch, build_loader
+from titan.data.held_out import HeldOutRows, InOrder
+from titan.data.loader import Share, Step, build_loader
 from titan.errors import DataError
 from titan.log import logger
 from titan.metrics.meter import Meter, validation_row
@@ -126,18 +126,21 @@ def validate(trainer: Trainer, rows: HeldOutRows, end_if_told: Callable[[], None
         DataError: If no token counts.
     """
     mesh, config, device = trainer.mesh, trainer.config, trainer.device
-    rounds = Rounds(len(rows), config.training.local_batch_size, mesh.data_rank, mesh.data_ranks)
+    local_batch_size = config.training.local_batch_size
+    share = Share(local_batch_size * mesh.data_ranks, local_batch_size, mesh.data_rank, mesh.data_ranks)
+    rounds = -(-len(rows) // share.global_batch_size)
     loader = build_loader(
-        rows, rounds, 0, len(rounds), config.data.num_workers, pin_memory=trainer.device.type == "cuda"
+        rows, InOrder(share.global_batch_size), share, 0, 0, rounds, config.data.num_workers, config.data.prefetch
     )
     loss, tokens = torch.zeros(2, dtype=torch.float64, device=device)
     try:
         for some in _batched(loader, _ROUNDS_AT_ONCE):
             end_if_told()
-            batches = [batch.at(trainer.positions).to(device) for batch in some]
+            batches = [batch for each in some for batch in each.prepared_for(device, trainer.positions).batches]
             loss += trainer.evaluate(batches)
             tokens += torch.stack([(batch.labels != IGNORED_LABEL).sum() for batch in batches]).sum()
     finally:
+        loader.close()
         for part in trainer.parts:
             forget_forward(part)
     if mesh.stage_group is not None:  # only the last stage knows it
@@ -154,7 +157,6 @@ def validate(trainer: Trainer, rows: HeldOutRows, end_if_told: Callable[[], None
     return Validation(total / count, int(count))
 
 
-def _batched(loader: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    batches = iter(loader)
-    while some := list(itertools.islice(batches, size)):
+def _batched(rounds: Iterator[Step], size: int) -> Iterator[list[Step]]:
+    while some := list(itertools.islice(rounds, size)):
         yield some

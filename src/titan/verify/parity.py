@@ -368,8 +368,8 @@ def _record(config: TitanConfig, rank: Rank, store: Store | None) -> float | Non
 
     from titan.trainer.record import record_run
 
-    device, packed = worker.join_ranks(config, rank, store)
-    record = record_run(config, device, packed, int(os.environ[_STEPS_VARIABLE]))
+    device, data = worker.join_ranks(config, rank, store)
+    record = record_run(config, device, data, int(os.environ[_STEPS_VARIABLE]))
     if record is not None:
         record.save(_record_file(RunDirectory(Path(config.run.dir))))
     dist.destroy_process_group()

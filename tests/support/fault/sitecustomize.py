@@ -30,7 +30,7 @@ _BEFORE = {
     "removing": ("titan.checkpoint.manifest", "shutil.rmtree"),
     "load": ("titan.checkpoint.store", "CheckpointStore.load"),
     "ledger": ("titan.run_directory", "RunDirectory.append_ledger"),
-    "row": ("titan.data.loader", "PackedRows.__getitem__"),
+    "row": ("titan.data.rows", "PreparedRows.read"),
     "validation": ("titan.trainer.validation", "validate"),
     "validated_rows": ("titan.trainer.loop", "end_if_told"),
 }

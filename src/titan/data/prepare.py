@@ -1,0 +1,421 @@
+"""Tokenise a source once, in as many processes as there are cores, and go on where an interruption left it.
+
+Shards of the source are taken together to parts of some size, in their order. Each part is made by one process, under
+another name until it is whole. One process of a machine makes a folder; the others wait for its manifest to appear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from titan.config.schema import RecordFormat, SourceConfig, TokenizerConfig
+from titan.data.encode import Encoder
+from titan.data.prepared import FORMAT, MANIFEST, Part, PartWriter, Prepared, open_prepared, read_part, write_manifest
+from titan.data.shard import Shard
+from titan.data.source import Source, open_source, source_files
+from titan.data.tokenizer import Tokenizer, build_tokenizer
+from titan.errors import DataError
+
+PART_BYTES = 16 << 20
+"""Shards are taken together until they have so much; a change changes where every document is found."""
+_ALONE_BYTES = 8 << 20
+"""Less than this is done before other processes have started."""
+_POLL_SECONDS = 0.1
+_REPORT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work is."""
+
+    documents: int
+    """Done by now, those of an earlier start included."""
+    tokens: int
+    tokens_per_second: float
+    """Since this start."""
+    seconds_left: float | None
+    """None while too little is done to tell."""
+
+
+def describe_progress(progress: Progress, component: str = "") -> str:
+    """Return it as a line, with the name of a mixture's component before it."""
+    left = "" if progress.seconds_left is None else f", {_duration(progress.seconds_left)} left"
+    return (
+        f"{component + ': ' if component else ''}{progress.documents:,} documents, {progress.tokens:,} tokens, "
+        f"{progress.tokens_per_second:,.0f} tok/s{left}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+Report = Callable[[Progress], None]
+
+
+def source_identity(config: SourceConfig, tokenizer: str) -> str:
+    """Return a hash of everything that the tokens depend on.
+
+    Of files that is their names, sizes and times; of a dataset of the hub its name, subset, revision and split, so what
+    changes there under the same revision is not noticed.
+
+    Args:
+        config: What is read.
+        tokenizer: The tokenizer's fingerprint.
+
+    Raises:
+        DataError: If there is no file.
+    """
+    digest = hashlib.sha256()
+    told = {"version": FORMAT, "tokenizer": tokenizer} | describe_source(config)
+    told.pop("path", None)
+    digest.update(json.dumps(told, sort_keys=True).encode())
+    for file in source_files(config):
+        status = file.stat()
+        digest.update(f"\n{file}\t{status.st_size}\t{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def describe_source(config: SourceConfig) -> dict[str, Any]:
+    """Return what is read, as keys of the config."""
+    values = {field.name: getattr(config, field.name) for field in fields(SourceConfig)}
+    return {name: value.name if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def prepare_source(
+    config: SourceConfig,
+    folder: Path,
+    tokenizer_config: TokenizerConfig,
+    tokenizer: Tokenizer,
+    workers: int | None = None,
+    report: Report | None = None,
+) -> Prepared:
+    """Return the tokenised documents of a source, made now as far as they are not there.
+
+    Args:
+        config: The documents.
+        folder: Where they are kept.
+        tokenizer_config: What other processes build the tokenizer from.
+        tokenizer: The same, built.
+        workers: Processes that tokenise; None is one for each core.
+        report: Is told how far the work is, now and then.
+
+    Raises:
+        DataError: If a document is bad (see `Shard`), if there is no text at all, if the folder holds something else or
+            cannot be written, or if a process dies.
+    """
+    identity = source_identity(config, tokenizer.fingerprint)
+    if (folder / MANIFEST).exists():
+        found = open_prepared(folder)
+        if found.identity != identity:
+            raise DataError(
+                f"{folder} holds other data: {_told(found.source)}, with the tokenizer {found.tokenizer[:12]}\n"
+                f"  This command asks for {_told(describe_source(config))}, with the tokenizer "
+                f"{tokenizer.fingerprint[:12]}\n  Try  --to ANOTHER_FOLDER   or delete it"
+            )
+        return found
+    source = open_source(config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder, identity)
+        parts = _make_parts(source, folder, tokenizer_config, tokenizer, workers, report)
+        prepared = Prepared(folder, tokenizer.fingerprint, tokenizer.n_tokens, describe_source(config), identity, parts)
+        if not prepared.documents:
+            raise DataError(_no_text(source, prepared.skipped))
+        write_manifest(prepared)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written: {error.strerror or error}\n"
+            "  Try  data.cache_dir=/path/with/space   or  --to DIR"
+        ) from error
+    return prepared
+
+
+def find_or_prepare(
+    config: SourceConfig,
+    cache_dir: str,
+    tokenizer_config: TokenizerConfig,
+    tokenizer: Tokenizer,
+    is_writer: bool,
+    timeout_seconds: float,
+    workers: int | None = None,
+    report: Report | None = None,
+) -> Prepared:
+    """Return the tokenised documents of a source from the cache, made now where they are missing.
+
+    Args:
+        config: The documents.
+        cache_dir: Where tokenised text is kept.
+        tokenizer_config: What other processes build the tokenizer from.
+        tokenizer: The same, built.
+        is_writer: Whether this process makes what is missing; others wait.
+        timeout_seconds: How long the others wait without a sign of life from the writer.
+        workers: Processes that tokenise; None is one for each core.
+        report: Is told how far the work is, now and then.
+
+    Raises:
+        DataError: As `prepare_source`; or if the wait is in vain.
+    """
+    folder = cache_folder(config, cache_dir, tokenizer.fingerprint)
+    if is_writer:
+        return prepare_source(config, folder, tokenizer_config, tokenizer, workers, report)
+    wait_for((folder / MANIFEST).exists, folder, timeout_seconds)
+    return open_prepared(folder)
+
+
+def cache_folder(config: SourceConfig, cache_dir: str, tokenizer: str) -> Path:
+    """Return where in the cache the documents of a source are, or will be."""
+    return Path(cache_dir) / "prepared" / source_identity(config, tokenizer)
+
+
+def plan_parts(shards: list[Shard]) -> list[list[Shard]]:
+    """Take neighbouring shards together until they have some size."""
+    parts: list[list[Shard]] = []
+    size = PART_BYTES
+    for shard in shards:
+        if size >= PART_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(shard)
+        size += shard.size_bytes
+    return parts
+
+
+def wait_for(is_there: Callable[[], bool], folder: Path, timeout_seconds: float) -> None:
+    """Wait for what another process writes, as long as something grows in its folder.
+
+    Raises:
+        DataError: If nothing does for so many seconds.
+    """
+
+    def size() -> int:
+        total = 0
+        for found in folder.glob("*"):
+            try:
+                total += found.stat().st_size + 1
+            except FileNotFoundError:  # renamed between listing and looking
+                continue
+        return total
+
+    seen, since = size(), time.monotonic()
+    while not is_there():
+        time.sleep(_POLL_SECONDS)
+        now = size()
+        if now != seen:
+            seen, since = now, time.monotonic()
+        elif time.monotonic() - since > timeout_seconds:
+            raise DataError(f"waited {timeout_seconds:.0f} s for another rank to tokenise the data into {folder}")
+
+
+def _claim(folder: Path, identity: str) -> None:
+    """Say whose the folder is before anything is in it, so that parts of other data are never taken for this data's."""
+    note = folder / "identity"
+    there = note.read_text().strip() if note.exists() else ""
+    if there == identity:
+        return
+    if there or any(folder.glob("part_*")):
+        raise DataError(
+            f"{folder} holds a part of other data, whose preparation did not come to its end\n"
+            "  Try  --to ANOTHER_FOLDER   or delete it"
+        )
+    note.write_text(identity + "\n")
+
+
+def _make_parts(
+    source: Source,
+    folder: Path,
+    tokenizer_config: TokenizerConfig,
+    tokenizer: Tokenizer,
+    workers: int | None,
+    report: Report | None,
+) -> list[Part]:
+    plan = plan_parts(source.shards)
+    done: dict[int, Part] = {}
+    for index, shards in enumerate(plan):
+        part = read_part(folder, _part_name(index), [shard.name for shard in shards], tokenizer.n_tokens)
+        if part is not None:
+            done[index] = part
+    _remove_leftovers(folder)
+    todo = [index for index in range(len(plan)) if index not in done]
+    left_bytes = sum(shard.size_bytes for index in todo for shard in plan[index])
+    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    meter = _Meter(report, done.values(), left_bytes)
+    encoder = Encoder(tokenizer, source.config)
+    if workers <= 1 or left_bytes < _ALONE_BYTES:
+        for index in todo:
+            done[index] = _make_part(folder, index, plan[index], encoder, meter.count)
+            meter.finished(sum(shard.size_bytes for shard in plan[index]))
+    else:
+        for index, part in _in_processes(folder, plan, todo, tokenizer_config, source.config, workers, meter):
+            done[index] = part
+            meter.finished(sum(shard.size_bytes for shard in plan[index]))
+    return [done[index] for index in range(len(plan))]
+
+
+def _part_name(index: int) -> str:
+    return f"part_{index:05d}"
+
+
+def _make_part(
+    folder: Path, index: int, shards: list[Shard], encoder: Encoder, count: Callable[[int, int], None]
+) -> Part:
+    """Tokenise some shards into one part, and say now and then by how many documents and tokens it has grown."""
+    has_learned = encoder.config.format is RecordFormat.chat
+    names = [shard.name for shard in shards]
+    writer = PartWriter(folder, _part_name(index), names, encoder.tokenizer.n_tokens, has_learned)
+    text_bytes, skipped = 0, Counter[str]()
+    told = 0, 0
+    try:
+        for number, shard in enumerate(shards):
+            for document in shard.read():
+                encoded = encoder.encode(document.content)
+                if writer.add(encoded.tokens, encoded.learned, document.record, number):
+                    count(writer.documents - told[0], writer.tokens - told[1])
+                    told = writer.documents, writer.tokens
+            text_bytes += shard.text_bytes
+            skipped += shard.skipped
+        part = writer.finish(text_bytes, skipped)
+    except BaseException:
+        writer.abandon()
+        raise
+    count(part.documents - told[0], part.tokens - told[1])
+    return part
+
+
+class _Meter:
+    """Counts what is done, and says so every few seconds."""
+
+    def __init__(self, report: Report | None, done: Any, left_bytes: int) -> None:
+        self._report, self._left, self._bytes = report, left_bytes, 0
+        self._documents = sum(part.documents for part in done)
+        self._before = self._tokens = sum(part.tokens for part in done)
+        self._start = self._last = time.monotonic()
+
+    def count(self, documents: int, tokens: int) -> None:
+        self._documents += documents
+        self._tokens += tokens
+        now = time.monotonic()
+        if self._report is None or now - self._last < _REPORT_SECONDS:
+            return
+        self._last = now
+        seconds = now - self._start
+        left = seconds * (self._left / self._bytes - 1) if self._bytes else None
+        self._report(Progress(self._documents, self._tokens, (self._tokens - self._before) / seconds, left))
+
+    def finished(self, size_bytes: int) -> None:
+        self._bytes += size_bytes
+
+
+def _in_processes(
+    folder: Path,
+    plan: list[list[Shard]],
+    todo: list[int],
+    tokenizer_config: TokenizerConfig,
+    config: SourceConfig,
+    workers: int,
+    meter: _Meter,
+) -> Iterator[tuple[int, Part]]:
+    context = multiprocessing.get_context("spawn")  # the process may have threads, which a fork would not take along
+    counts = context.SimpleQueue()
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_config, config, counts, os.getpid()))
+    futures: dict[Future[Part], int] = {}
+    waiting = iter(todo)
+    try:
+        for index in waiting:
+            futures[pool.submit(_work, folder, index, plan[index])] = index
+            if len(futures) == 2 * workers:
+                break
+        while futures:
+            finished, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            while not counts.empty():
+                meter.count(*counts.get())
+            for future in finished:
+                yield futures.pop(future), future.result()
+                for index in waiting:
+                    futures[pool.submit(_work, folder, index, plan[index])] = index
+                    break
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process that tokenises has died, perhaps for lack of memory\n  Try  data.prepare_workers=1   and again:"
+            " what is done is kept"
+        ) from error
+    finally:
+        processes = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes if futures else ():  # after an error: the parts they are at are not wanted
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+_encoder: Encoder | None = None
+_counts: Any = None
+
+
+def _start_worker(tokenizer_config: TokenizerConfig, config: SourceConfig, counts: Any, parent: int) -> None:
+    """Make ready what every part needs, once in a process."""
+    global _encoder, _counts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the process that started this one ends it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _encoder, _counts = Encoder(build_tokenizer(tokenizer_config), config), counts
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)
+
+
+def _work(folder: Path, index: int, shards: list[Shard]) -> Part:
+    assert _encoder is not None
+    return _make_part(folder, index, shards, _encoder, lambda *count: _counts.put(count))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a process of this machine left half-written that is no more."""
+    host = os.uname().nodename
+    for file in folder.glob(f".part_*.{host}.*.tmp"):
+        pid = file.name.removesuffix(".tmp").rpartition(".")[2]
+        try:
+            os.kill(int(pid), 0)
+        except (ValueError, ProcessLookupError):
+            file.unlink(missing_ok=True)
+        except PermissionError:
+            continue
+
+
+def _no_text(source: Source, skipped: dict[str, int]) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    if source.files:
+        names = ", ".join(str(file) for file in source.files[:3])
+        where = f"{len(source.files)} files ({names})"
+    else:
+        where = f"{source.config.dataset}/{source.config.split}"
+    return f"no text in {where}{': ' + reasons if reasons else ''}"
+
+
+def _told(source: dict[str, Any]) -> str:
+    keys = ("kind", "path", "dataset", "subset", "revision", "split")
+    return " ".join(
+        f"data.{key}={source[key]}"
+        for key in keys
+        if source.get(key) is not None and (key != "split" or source.get("dataset"))
+    )

@@ -1,0 +1,426 @@
+"""Rows of equal length from prepared documents: cut from one long row of tokens, or packed by best fit.
+
+Concatenated, row r has tokens r*S to (r+1)*S as inputs and those one further on as labels: documents are cut where a
+row ends, and the end of one predicts the beginning of the next, so that every token but the very first is a label once.
+By best fit each document is in one row if it fits there at all, its last token predicts nothing, and what room is left
+at the end of a row is padding that does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import xxhash
+
+from titan.config.schema import Packing
+from titan.data.batch import IGNORED_LABEL, Order, RowOrder, count_rows
+from titan.data.packing import Segment, pack_best_fit, windows
+from titan.data.prepare import wait_for
+from titan.data.prepared import Prepared, TokenReader
+from titan.errors import DataError
+from titan.run_directory import write_atomically
+
+__all__ = ["Piece", "Plan", "PreparedRows", "Row", "Rows", "Segment", "pack_best_fit", "plan_rows"]
+
+SEGMENT = np.dtype([("start", "<u8"), ("length", "<u4")])
+"""A segment of a row: its first token over all parts, and the positions it takes."""
+
+
+class Row(NamedTuple):
+    """One row, or several.
+
+    Shape:
+        inputs, labels, starts: (S,) or (B, S) int64.
+    """
+
+    inputs: np.ndarray
+    labels: np.ndarray
+    """With IGNORED_LABEL where nothing counts."""
+    starts: np.ndarray | None
+    """Where in its row the document of each token begins; None where attention may cross documents."""
+
+    def at(self, index: int) -> Row:
+        """Return one of several rows. Shape: (B, S) -> (S,)."""
+        return Row(self.inputs[index], self.labels[index], None if self.starts is None else self.starts[index])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of a document in a row."""
+
+    component: str
+    """Of a mixture; empty where there is none."""
+    shard: str
+    """The shard of the source that the document is from."""
+    record: int
+    """Which record of the shard."""
+    document: int
+    """Which document of all that were prepared."""
+    first: int
+    """The piece's first token in the document."""
+    position: int
+    """Where in the row it is."""
+    length: int
+    """Positions that it takes."""
+    document_tokens: int
+    """Tokens of the whole document."""
+    start: int
+    """The piece's first token of all that were prepared."""
+
+
+class Rows(Protocol):
+    """All rows of a run's data, by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> Row:
+        """Return some rows. Shape: (B, S) each."""
+        ...
+
+    def documents_of(self, row: int) -> list[Piece]:
+        """Return which documents a row is made of."""
+        ...
+
+    def read_tokens(self, piece: Piece, whole: bool = False) -> np.ndarray:
+        """Return a piece's tokens, or those of its whole document. Shape: (N,)."""
+        ...
+
+    def order(self, global_batch_size: int, seed: int) -> Order:
+        """Return the order in which rows are visited."""
+        ...
+
+    def describe(self) -> list[str]:
+        """Return what a person wants to know of the data, as lines."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Changes when any row does."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """All tokens."""
+        ...
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the text in UTF-8."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which documents are in which row, packed by best fit."""
+
+    folder: Path
+    seq_len: int
+    digest: str
+    """Of the data that it is for."""
+    rows: int
+    segments: int
+    positions: int
+    """Positions that hold a document's token; the others are padding."""
+    cut_documents: int
+    """Documents longer than a row."""
+
+    @property
+    def padding_share(self) -> float:
+        """The share of all positions that is padding."""
+        return 1 - self.positions / max(1, self.rows * self.seq_len)
+
+
+def plan_rows(
+    prepared: Prepared, seq_len: int, cache_dir: str | None, is_writer: bool = True, timeout_seconds: float = 600
+) -> Plan:
+    """Return the plan of packing by best fit: the one beside the data, or one made now.
+
+    Args:
+        prepared: The documents.
+        seq_len: Positions of a row.
+        cache_dir: Where to keep it if the data's own folder cannot be written.
+        is_writer: Whether this process makes what is missing; others wait.
+        timeout_seconds: How long the others wait without a sign of life from the writer.
+
+    Raises:
+        DataError: If it cannot be written anywhere, or if the wait is in vain.
+    """
+    folder = prepared.path / f"rows_{seq_len}"
+    if not folder.is_dir() and not os.access(prepared.path, os.W_OK) and cache_dir is not None:
+        folder = Path(cache_dir) / "rows" / f"{prepared.digest}_{seq_len}"
+    file = folder / "plan.json"
+    if not _is_plan(file, prepared.digest):
+        if is_writer:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_plan(prepared, seq_len, folder)
+            except OSError as error:
+                raise DataError(
+                    f"{folder} cannot be written: {error.strerror or error}\n  Try  data.cache_dir=/path/with/space"
+                ) from error
+        else:
+            wait_for(lambda: _is_plan(file, prepared.digest), folder, timeout_seconds)
+    return Plan(folder, **json.loads(file.read_text()))
+
+
+def _is_plan(file: Path, digest: str) -> bool:
+    try:
+        told = json.loads(file.read_text())
+        files = (
+            (file.with_name("segments"), SEGMENT.itemsize * told["segments"]),
+            (file.with_name("rows"), 8 * (told["rows"] + 1)),
+        )
+        return told["digest"] == digest and all(path.stat().st_size == size for path, size in files)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _write_plan(prepared: Prepared, seq_len: int, folder: Path) -> None:
+    reader = TokenReader(prepared)
+    rows = segments = positions = cut = begin = 0
+    unique = f"{os.uname().nodename}.{os.getpid()}.tmp"
+    temporary = {name: folder / f".{name}.{unique}" for name in ("segments", "rows")}
+    try:
+        with temporary["segments"].open("wb") as segments_file, temporary["rows"].open("wb") as rows_file:
+            rows_file.write(np.zeros(1, "<u8").tobytes())
+            for _, lengths in windows(reader.document_lengths()):
+                starts = begin + np.cumsum(lengths) - lengths
+                packed = pack_best_fit(lengths, seq_len)
+                flat = np.array([segment for row in packed for segment in row], np.int64).reshape(-1, 3)
+                out = np.empty(len(flat), SEGMENT)
+                out["start"], out["length"] = starts[flat[:, 0]] + flat[:, 1], flat[:, 2]
+                segments_file.write(out.tobytes())
+                ends = segments + np.cumsum([len(row) for row in packed])
+                rows_file.write(ends.astype("<u8").tobytes())
+                rows += len(packed)
+                segments += len(flat)
+                positions += int(flat[:, 2].sum())
+                cut += int((lengths > seq_len + 1).sum())
+                begin += int(lengths.sum())
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    told = asdict(Plan(folder, seq_len, prepared.digest, rows, segments, positions, cut))
+    del told["folder"]
+    write_atomically(folder / "plan.json", json.dumps(told) + "\n")
+
+
+class PreparedRows:
+    """The rows of prepared documents.
+
+    Args:
+        prepared: The documents.
+        seq_len: Positions of a row.
+        padding: The token that fills rows up.
+        plan: Which documents are in which row; None concatenates.
+        mask_documents: Whether rows say where their documents begin.
+        component: What the documents are called in a mixture.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        seq_len: int,
+        padding: int,
+        plan: Plan | None = None,
+        mask_documents: bool = False,
+        component: str = "",
+    ) -> None:
+        self.prepared, self.seq_len, self.padding, self.plan = prepared, seq_len, padding, plan
+        self.mask_documents, self.component = mask_documents, component
+        self.reader = TokenReader(prepared)
+        self._rows = count_rows(prepared.tokens, seq_len) if plan is None else plan.rows
+        self._has_learned = prepared.has_learned
+        self._plan_files: tuple[int, int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open files behind: another process opens its own."""
+        return self.__dict__ | {"_plan_files": None}
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, row: int) -> Row:
+        """Return a row. Shape: (S,) each."""
+        return self.read([row]).at(0)
+
+    def __getitems__(self, rows: list[int]) -> Row:
+        """Return some rows; DataLoader calls this."""
+        return self.read(rows)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> Row:
+        """Return some rows. Shape: (B, S) each.
+
+        Raises:
+            DataError: If a file ends before it should.
+        """
+        return self._read_cut(rows) if self.plan is None else self._read_packed(rows)
+
+    def _read_cut(self, rows: Sequence[int] | np.ndarray) -> Row:
+        seq_len, total, reader = self.seq_len, self.prepared.tokens, self.reader
+        tokens = np.empty((len(rows), seq_len + 1), reader.dtype)
+        learned = np.empty((len(rows), seq_len + 1), np.uint8) if self._has_learned else None
+        counts = []
+        for index, row in enumerate(rows):
+            start = int(row) * seq_len
+            count = min(seq_len + 1, total - start)
+            reader.read_into(tokens[index, :count], start)
+            if learned is not None:
+                reader.read_into(learned[index, :count], start, "learned")
+            counts.append(count)
+        inputs, labels = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+        if learned is not None:
+            labels[learned[:, 1:] == 0] = IGNORED_LABEL
+        for index, count in enumerate(counts):
+            if count <= seq_len:
+                inputs[index, count:] = self.padding
+                labels[index, max(0, count - 1) :] = IGNORED_LABEL
+        if not self.mask_documents:
+            return Row(inputs, labels, None)
+        starts = np.zeros_like(inputs)
+        for index, row in enumerate(rows):
+            start = int(row) * seq_len
+            begins = reader.documents_in(start, min(start + seq_len, total))[1]["start"].astype(np.int64) - start
+            starts[index, begins] = begins
+        return Row(inputs, labels, np.maximum.accumulate(starts, axis=1))
+
+    def _read_packed(self, rows: Sequence[int] | np.ndarray) -> Row:
+        seq_len, reader = self.seq_len, self.reader
+        inputs = np.full((len(rows), seq_len), self.padding, np.int64)
+        labels = np.full((len(rows), seq_len), IGNORED_LABEL, np.int64)
+        starts = np.zeros((len(rows), seq_len), np.int64) if self.mask_documents else None
+        tokens = np.empty(seq_len + 1, reader.dtype)
+        learned = np.empty(seq_len + 1, np.uint8) if self._has_learned else None
+        for index, row in enumerate(rows):
+            at = 0
+            for start, length in self.segments_of(int(row)):
+                reader.read_into(tokens[: length + 1], start)
+                inputs[index, at : at + length] = tokens[:length]
+                labels[index, at : at + length] = tokens[1 : length + 1]
+                if learned is not None:
+                    reader.read_into(learned[: length + 1], start, "learned")
+                    labels[index, at : at + length][learned[1 : length + 1] == 0] = IGNORED_LABEL
+                if starts is not None:
+                    starts[index, at : at + length] = at
+                at += length
+            if starts is not None:
+                starts[index, at:] = at
+        return Row(inputs, labels, starts)
+
+    def segments_of(self, row: int) -> list[tuple[int, int]]:
+        """Return the first token and the positions of each segment of a row; of one that was cut there is one."""
+        if self.plan is None:
+            start = row * self.seq_len
+            return [(start, min(self.seq_len, self.prepared.tokens - start))]
+        if self._plan_files is None:
+            folder = self.plan.folder
+            self._plan_files = (_open(folder / "rows"), _open(folder / "segments"))
+            weakref.finalize(self, _close, self._plan_files)
+        rows_file, segments_file = self._plan_files
+        first, last = np.frombuffer(os.pread(rows_file, 16, 8 * row), "<u8").tolist()
+        size = SEGMENT.itemsize
+        found = np.frombuffer(os.pread(segments_file, size * (last - first), size * first), SEGMENT)
+        return found.tolist()
+
+    def documents_of(self, row: int) -> list[Piece]:
+        """Return which documents a row is made of."""
+        pieces, position = [], 0
+        for start, length in self.segments_of(row):
+            at, stop = start, start + length
+            while at < stop:
+                number, part, document, end = self.reader.document_at(at)
+                take = min(stop, end) - at
+                begin = int(document["start"])
+                pieces.append(
+                    Piece(
+                        self.component,
+                        self.prepared.parts[part].shards[int(document["shard"])],
+                        int(document["record"]),
+                        number,
+                        at - begin,
+                        position,
+                        take,
+                        end - begin,
+                        at,
+                    )
+                )
+                at += take
+                position += take
+        return pieces
+
+    def read_tokens(self, piece: Piece, whole: bool = False) -> np.ndarray:
+        """Return a piece's tokens, or those of its whole document. Shape: (N,)."""
+        if whole:
+            begin = piece.start - piece.first
+            return self.reader[begin : begin + piece.document_tokens]
+        return self.reader[piece.start : piece.start + piece.length]
+
+    def order(self, global_batch_size: int, seed: int) -> RowOrder:
+        """Return the order in which rows are visited."""
+        return RowOrder(len(self), global_batch_size, seed)
+
+    @property
+    def packing(self) -> Packing:
+        """How documents became rows."""
+        return Packing.concat if self.plan is None else Packing.best_fit
+
+    @property
+    def digest(self) -> str:
+        """Changes when any row does; of rows that were cut it is that of the documents."""
+        if self.plan is None:
+            return self.prepared.digest
+        return xxhash.xxh3_128_hexdigest(f"{self.prepared.digest} best_fit {self.seq_len}".encode())
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, begin and end of text included."""
+        return self.prepared.tokens
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the text in UTF-8."""
+        return self.prepared.text_bytes
+
+    def describe(self) -> list[str]:
+        """Return what a person wants to know of the data, as lines."""
+        found = self.prepared
+        lines = [
+            f"{found.documents:,} document{'s' * (found.documents != 1)}, {_size(found.text_bytes)} of text, "
+            f"{found.tokens:,} tokens ({found.text_bytes / max(1, found.tokens):.2f} bytes a token)"
+        ]
+        longest = f"the longest has {found.longest_document_tokens:,} tokens"
+        if self.plan is not None:
+            cut = self.plan.cut_documents
+            lines.append(
+                f"packed by best fit: {self.plan.padding_share:.2%} of all positions are padding, "
+                f"{cut:,} document{'s are' if cut != 1 else ' is'} longer than a row of {self.seq_len} and cut; "
+                f"{longest}"
+            )
+        elif found.longest_document_tokens > self.seq_len:
+            lines.append(f"documents longer than a row of {self.seq_len} go on in the next; {longest}")
+        lines += [
+            f"left out {count:,} document{'s' * (count != 1)}: {reason}" for reason, count in found.skipped.items()
+        ]
+        return lines
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _close(descriptors: tuple[int, int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,146 @@
+"""A part of a source that is read from its beginning to its end, and an account of what was in it.
+
+A document that cannot be read is either an error that names file and line, or it is counted under its reason and
+reported at the end: nothing is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from titan.config.schema import BadDocuments, RecordFormat, SourceConfig
+from titan.errors import DataError
+
+Content = str | list[dict[str, Any]]
+"""What a document says: a text, or the messages of a conversation."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One record of a shard."""
+
+    content: Content
+    record: int
+    """Which one of the shard, from 0, also counting those that are left out: a line, or a row of a table."""
+
+
+@dataclass
+class Shard:
+    """A file, or a part of one, or some rows of a table.
+
+    Reading starts anew every time; `documents`, `text_bytes` and `skipped` then describe what was read.
+    """
+
+    config: SourceConfig
+    name: str
+    """What it is called in messages and manifests: always the same for the same data."""
+    size_bytes: int
+    """How much there is to read, as it is stored; only to plan by."""
+    documents: int = 0
+    text_bytes: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Documents left out, by reason."""
+    share: tuple[int, int] = (0, 1)
+    """Only records whose number, divided by the second, leaves the first are read and accounted for."""
+
+    def read(self, start: int = 0) -> Iterator[Document]:
+        """Yield the documents from record `start` on.
+
+        Raises:
+            DataError: At one that cannot be read, unless such are to be skipped.
+        """
+        self.documents = self.text_bytes = 0
+        self.skipped = Counter()
+        for document in self._read(start):
+            if not self.is_in_share(document.record):
+                continue
+            if not document.content:
+                self.skipped["empty"] += 1
+                continue
+            self.documents += 1
+            self.text_bytes += count_bytes(document.content)
+            yield document
+
+    def is_in_share(self, record: int) -> bool:
+        """Return whether a record is one of those that are read."""
+        return record % self.share[1] == self.share[0]
+
+    def locate(self, record: int) -> str:
+        """Return where a record is, for people: the file and the line."""
+        raise NotImplementedError
+
+    def _read(self, start: int) -> Iterator[Document]:
+        raise NotImplementedError
+
+    @property
+    def naming(self) -> str:
+        """What to type to read another field."""
+        return f"data.{'messages' if self.config.format is RecordFormat.chat else 'text'}_field=NAME"
+
+    def pick(self, values: Mapping[str, Any], record: int) -> Iterator[Document]:
+        """Yield what a record holds under the field that is to be read; nothing where that is refused."""
+        name = field_of(self.config)
+        if name not in values:
+            there = f"it has {', '.join(map(repr, values))}"
+            return self.refuse(record, f"no field {name!r} ({there})", f"no field {name!r}", self.naming)
+        content = values[name]
+        if self.config.format is RecordFormat.chat:
+            if wrong := _wrong_messages(content):
+                return self.refuse(
+                    record, f"field {name!r} is no conversation: {wrong}", f"{name!r} is no conversation"
+                )
+        elif not isinstance(content, str):
+            kind = type(content).__name__
+            return self.refuse(record, f"field {name!r} is of type {kind}, not text", f"{name!r} is not text")
+        yield Document(content, record)
+
+    def refuse(self, record: int, message: str, reason: str, naming: str = "") -> None:
+        """Refuse a record; see `refuse_at`."""
+        if self.is_in_share(record):
+            self.refuse_at(lambda: self.locate(record), message, reason, naming)
+
+    def refuse_at(self, locate: Callable[[], str], message: str, reason: str, naming: str = "") -> None:
+        """Raise, or count where bad documents are to be skipped.
+
+        Args:
+            locate: Returns where it is; only asked for an error.
+            message: What is wrong with it, for an error.
+            reason: The same, to count it under.
+            naming: What to type to read another field.
+
+        Raises:
+            DataError: Unless bad documents are to be skipped.
+        """
+        if self.config.bad_documents is BadDocuments.error:
+            hint = "data.bad_documents=skip leaves such documents out, counted and reported"
+            if naming:
+                hint = f"{naming} names the field to read; {hint}"
+            raise DataError(f"{locate()}: {message}\n  {hint}")
+        self.skipped[reason] += 1
+
+
+def field_of(config: SourceConfig) -> str:
+    """Return the field of a record that holds the document."""
+    return config.messages_field if config.format is RecordFormat.chat else config.text_field
+
+
+def count_bytes(content: Content) -> int:
+    """Return the bytes of a document's text in UTF-8."""
+    if isinstance(content, str):
+        return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
+    return sum(count_bytes(message["content"]) for message in content)
+
+
+def _wrong_messages(content: object) -> str:
+    if not isinstance(content, list):
+        return f"it is of type {type(content).__name__}, not a list of messages"
+    for number, message in enumerate(content, 1):
+        if not isinstance(message, dict):
+            return f"message {number} is of type {type(message).__name__}, not an object"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"message {number} has no text under {name!r}"
+    return ""
