@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from titan.config.schedule_file import read_schedule
-from titan.config.schema import ClusterConfig, ClusterKind, Device, Dtype, ParallelismConfig, TitanConfig
+from titan.config.schema import (
+    ClusterConfig,
+    ClusterKind,
+    DataConfig,
+    Device,
+    Dtype,
+    ParallelismConfig,
+    SourceConfig,
+    TitanConfig,
+)
 from titan.errors import Problem
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -145,10 +154,24 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         cluster=cluster,
         parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
-        data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
+        data=resolve_data(config.data, cache),
         tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
         checkpoint=checkpoint,
     ), problems
+
+
+def resolve_data(data: DataConfig, cache_dir: str) -> DataConfig:
+    """Make every path absolute, those of a mixture's components too, so that a rank may be started anywhere."""
+    components = {name: replace(part, **_absolute_paths(part)) for name, part in data.components.items()}
+    return replace(data, **_absolute_paths(data), components=components, cache_dir=_absolute(cache_dir))
+
+
+def _absolute_paths(source: SourceConfig) -> dict[str, str | None]:
+    is_folder = source.dataset is not None and Path(source.dataset).expanduser().is_dir()
+    return {
+        "path": _absolute(source.path),
+        "dataset": _absolute(source.dataset) if is_folder else source.dataset,
+    }
 
 
 def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterConfig, list[Problem]]:
