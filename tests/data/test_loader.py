@@ -12,8 +12,10 @@ from torch import Tensor
 
 from titan.config.schema import DataConfig, DataKind, TokenizerConfig, TokenizerKind
 from titan.data.batch import IGNORED_LABEL, RowOrder
-from titan.data.loader import Batch, PackedRows, Share, build_loader, collate
-from titan.data.packing import PackedTokens, pack_tokens
+from titan.data.loader import Batch, Share, build_loader, collate
+from titan.data.mixture import Preparation, load_rows
+from titan.data.prepared import write_documents
+from titan.data.rows import PreparedRows
 from titan.data.tokenizer import build_tokenizer
 
 SEQ_LEN = 16
@@ -22,22 +24,24 @@ STEPS = 5
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> PackedRows:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> PreparedRows:
     """Real text, packed: 1,003 tokens in 63 rows, the last of them padded; 5 steps of 8 stay within an epoch."""
     folder = tmp_path_factory.mktemp("data")
     text = "".join(chr(97 + number * number % 26) for number in range(1001))
     (folder / "a.txt").write_text(text)
     config = DataConfig(kind=DataKind.text, path=str(folder / "a.txt"), cache_dir=str(folder / "cache"))
-    tokenizer = build_tokenizer(TokenizerConfig(kind=TokenizerKind.bytes))
-    return PackedRows(pack_tokens(config, config.cache_dir, tokenizer, True, 1), SEQ_LEN, tokenizer.eos)
+    settings = TokenizerConfig(kind=TokenizerKind.bytes)
+    rows = load_rows(config, SEQ_LEN, Preparation(build_tokenizer(settings), settings, str(config.cache_dir)))
+    assert isinstance(rows, PreparedRows)
+    return rows
 
 
-def order_of(rows: PackedRows, global_batch: int = GLOBAL_BATCH) -> RowOrder:
+def order_of(rows: PreparedRows, global_batch: int = GLOBAL_BATCH) -> RowOrder:
     """Return the order of the rows."""
     return RowOrder(len(rows), global_batch, seed=3)
 
 
-def load(rows: PackedRows, local: int, rank: int, ranks: int, first: int = 0, last: int = STEPS, workers: int = 0):
+def load(rows: PreparedRows, local: int, rank: int, ranks: int, first: int = 0, last: int = STEPS, workers: int = 0):
     """Return the micro-batches of one rank, grouped by step."""
     share = Share(order_of(rows), local, rank, ranks)
     batches = list(build_loader(rows, share, first, last, workers))
@@ -46,7 +50,7 @@ def load(rows: PackedRows, local: int, rank: int, ranks: int, first: int = 0, la
     return [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
 
 
-def global_batches(rows: PackedRows, local: int, ranks: int, **options) -> list[tuple[Tensor, Tensor]]:
+def global_batches(rows: PreparedRows, local: int, ranks: int, **options) -> list[tuple[Tensor, Tensor]]:
     """Put every step's global batch together from what all ranks load: micro-batch by micro-batch, rank by rank."""
     loaded = [load(rows, local, rank, ranks, **options) for rank in range(ranks)]
     out = []
@@ -66,7 +70,7 @@ def assert_equal_batches(ours: list[tuple[Tensor, Tensor]], expected: list[tuple
 
 
 @pytest.fixture(scope="module")
-def expected(rows: PackedRows) -> list[tuple[Tensor, Tensor]]:
+def expected(rows: PreparedRows) -> list[tuple[Tensor, Tensor]]:
     """What a plain loop over the order reads."""
     order = order_of(rows)
     batches = [collate([rows[int(row)] for row in order.rows_of_step(step)]) for step in range(STEPS)]
@@ -75,7 +79,7 @@ def expected(rows: PackedRows) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize(("ranks", "local"), [(r, b) for r in (1, 2, 4, 8) for b in (1, 2, 4, 8) if r * b <= 8])
 def test_a_step_is_the_same_for_any_number_of_ranks_and_micro_batches(
-    rows: PackedRows, expected: list[tuple[Tensor, Tensor]], ranks: int, local: int
+    rows: PreparedRows, expected: list[tuple[Tensor, Tensor]], ranks: int, local: int
 ) -> None:
     """Data-parallel degrees 1 to 8 with any accumulation load the same rows at every step, each row once."""
     assert_equal_batches(global_batches(rows, local, ranks), expected)
@@ -85,7 +89,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks_and_micro_batches(
 @pytest.mark.parametrize("workers", [1, 2, 3])
 @pytest.mark.parametrize(("ranks", "local"), [(1, 2), (2, 4)])
 def test_a_step_is_the_same_for_any_number_of_workers(
-    rows: PackedRows, expected: list[tuple[Tensor, Tensor]], ranks: int, local: int, workers: int
+    rows: PreparedRows, expected: list[tuple[Tensor, Tensor]], ranks: int, local: int, workers: int
 ) -> None:
     """Reading ahead in other processes changes neither the rows nor their order."""
     assert_equal_batches(global_batches(rows, local, ranks, workers=workers), expected)
@@ -94,7 +98,7 @@ def test_a_step_is_the_same_for_any_number_of_workers(
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine of fewer cores
 @pytest.mark.parametrize(("ranks", "local", "workers"), [(1, 8, 0), (2, 2, 0), (4, 1, 0), (2, 2, 2)])
 def test_resuming_gives_the_batches_that_would_have_come(
-    rows: PackedRows, expected: list[tuple[Tensor, Tensor]], ranks: int, local: int, workers: int
+    rows: PreparedRows, expected: list[tuple[Tensor, Tensor]], ranks: int, local: int, workers: int
 ) -> None:
     """A loader that starts at step k, on any layout, gives what an uninterrupted one gives from step k on."""
     for first in (1, 3, STEPS - 1):
@@ -102,12 +106,12 @@ def test_resuming_gives_the_batches_that_would_have_come(
         assert_equal_batches(resumed, expected[first:])
 
 
-def test_a_loader_with_nothing_left_to_do_is_empty(rows: PackedRows) -> None:
+def test_a_loader_with_nothing_left_to_do_is_empty(rows: PreparedRows) -> None:
     """Resuming a run that is done loads nothing."""
     assert load(rows, 8, 0, 1, first=STEPS, last=STEPS) == []
 
 
-def test_an_epoch_trains_on_every_token_once(rows: PackedRows) -> None:
+def test_an_epoch_trains_on_every_token_once(rows: PreparedRows) -> None:
     """Over the 63 rows of an epoch every token but the first is a label exactly once, whatever the order."""
     share = Share(order_of(rows, 7), 7, 0, 1)
     batches = list(build_loader(rows, share, 0, len(rows) // 7))
@@ -117,12 +121,12 @@ def test_an_epoch_trains_on_every_token_once(rows: PackedRows) -> None:
         for token, label in zip(batch.tokens.flatten(), batch.labels.flatten(), strict=True)
         if label != IGNORED_LABEL
     ]
-    tokens = rows.packed.open()[:].tolist()
+    tokens = rows.reader[:].tolist()
     assert len(rows) == 63
     assert sorted(pairs) == sorted(itertools.pairwise(tokens))
 
 
-def test_every_micro_batch_of_every_rank_has_rows_of_its_own(rows: PackedRows) -> None:
+def test_every_micro_batch_of_every_rank_has_rows_of_its_own(rows: PreparedRows) -> None:
     """The shares of a step neither overlap nor leave anything out, in numbers of rows."""
     order = order_of(rows)
     for step in range(20):
@@ -134,8 +138,7 @@ def test_every_micro_batch_of_every_rank_has_rows_of_its_own(rows: PackedRows) -
 
 def test_data_smaller_than_a_batch_is_repeated(tmp_path: Path) -> None:
     """A global batch of more rows than there are goes round: every row as often as any other, give or take one."""
-    np.arange(30, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
-    small = PackedRows(PackedTokens(tmp_path / "tokens.bin", 30, 1, 30, {}, 30, 258), 10, 257)
+    small = PreparedRows(write_documents(tmp_path, [np.arange(30)], 258), 10, 257)
     assert len(small) == 3
     batch = next(iter(build_loader(small, Share(RowOrder(3, 8, 0), 8, 0, 1), 0, 1)))
     firsts, counts = batch.tokens[:, 0].unique(return_counts=True)
