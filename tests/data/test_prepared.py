@@ -222,7 +222,7 @@ def test_a_folder_with_other_data_is_left_alone(config: DataConfig, many: DataCo
     folder = tmp_path / "to"
     prepare_source(config, folder, SETTINGS, TOKENIZER, 1)
     before = contents(folder)
-    with pytest.raises(DataError, match="holds other data: data.kind=jsonl"):
+    with pytest.raises(DataError, match=r"holds other data: data\.kind=jsonl"):
         prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
     assert contents(folder) == before
     (folder / "manifest.json").unlink()
