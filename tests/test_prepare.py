@@ -55,7 +55,7 @@ def test_a_mixture_is_prepared_shown_verified_and_found(
     assert told["lines"]["documents"] == 300
     assert told["files"]["documents"] == 5
     rows = []
-    for name, overrides in (("a", sources), ("b", ["data=prepared", f"data.path={to}"])):
+    for name, overrides in (("run_a", sources), ("run_b", ["data=prepared", f"data.path={to}"])):
         run = run_of(tmp_path / name, overrides)
         config = replay.load_config(run / "config.yaml")
         rows.append(replay.load_run_rows(config, build_tokenizer(config.tokenizer)))
