@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,3 +227,10 @@ def test_a_damaged_mixture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mixture.json").write_text("{}")
     with pytest.raises(DataError, match=r"mixture\.json is damaged"):
         show.open_all(tmp_path)
+
+
+def test_preparing_imports_no_torch() -> None:
+    """Tokenising needs neither torch nor, for files, datasets: both take seconds to import in every process."""
+    program = "import sys, titan.prepare.__main__; print({'torch', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
