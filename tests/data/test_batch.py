@@ -1,13 +1,13 @@
-"""Which rows make up a step, and what a row holds."""
+"""Which rows make up a step, of one source and of several."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from titan.data.batch import IGNORED_LABEL, RowOrder, count_rows, permute, read_row
-
-PADDING = 9999
+from titan.data.batch import MixtureOrder, RowOrder, permute
 
 
 @pytest.mark.parametrize("key", [0, 1, 2**64 - 1, 0x9E3779B97F4A7C15])
@@ -99,41 +99,67 @@ def test_a_late_step_is_found_without_the_earlier_ones() -> None:
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 99, 100, 101])
-@pytest.mark.parametrize("tokens", [2, 3, 16, 17, 33, 100, 101])
-def test_every_token_but_the_first_is_a_label_once(tokens: int, seq_len: int) -> None:
-    """Over all rows the labels that count are tokens 1 to N-1 in order, each behind the token before it."""
-    data = np.arange(tokens, dtype=np.uint16)
-    labels, inputs = [], []
-    rows = count_rows(tokens, seq_len)
-    for row in range(rows):
-        row_inputs, row_labels = read_row(data, row, seq_len, PADDING)
-        assert row_inputs.shape == row_labels.shape == (seq_len,)
-        assert row_inputs.dtype == row_labels.dtype == np.int64
-        counts = row_labels != IGNORED_LABEL
-        assert counts.any(), "a row without a label would be waste"
-        labels += row_labels[counts].tolist()
-        inputs += row_inputs[counts].tolist()
-    assert labels == list(range(1, tokens))
-    assert inputs == list(range(tokens - 1))
+def mixture(weights: list[float], sizes: list[int], batch: int = 4, seed: int = 7) -> MixtureOrder:
+    """Return the order of components called a, b, c and so on."""
+    orders = [RowOrder(size, batch, seed, chr(97 + index)) for index, size in enumerate(sizes)]
+    return MixtureOrder(tuple(orders), tuple(weights), batch)
 
 
-def test_the_last_row_is_padded_and_its_padding_does_not_count() -> None:
-    """Behind the last token come padding, which is a valid token, and labels that the loss ignores."""
-    inputs, labels = read_row(np.arange(10, dtype=np.uint32), row=1, seq_len=6, padding=PADDING)
-    assert inputs.tolist() == [6, 7, 8, 9, PADDING, PADDING]
-    assert labels.tolist() == [7, 8, 9, IGNORED_LABEL, IGNORED_LABEL, IGNORED_LABEL]
+WEIGHTS = st.lists(st.floats(0.001, 100), min_size=1, max_size=6)
 
 
-def test_data_shorter_than_a_row_is_one_row() -> None:
-    """Even two tokens can be trained on."""
-    assert count_rows(2, 512) == 1
-    inputs, labels = read_row(np.array([256, 257]), 0, 4, PADDING)
-    assert inputs.tolist() == [256, 257, PADDING, PADDING]
-    assert labels.tolist() == [257, IGNORED_LABEL, IGNORED_LABEL, IGNORED_LABEL]
+@given(WEIGHTS, st.integers(0, 10**9))
+@settings(deadline=None)
+def test_shares_hold_at_every_scale(weights: list[float], start: int) -> None:
+    """In the first p rows, for any p, each component is off its share by less than the number of components."""
+    order = mixture(weights, [10] * len(weights))
+    counts = np.array(order.counts_before(start))
+    shares = np.array(weights) / sum(weights)
+    of, _ = order.components_at(np.arange(start, start + 200))
+    for position, component in enumerate(of.tolist(), start):
+        assert np.abs(counts - shares * position).max() < max(1, len(weights) - 1) + 0.3
+        counts[component] += 1
+    assert counts.tolist() == order.counts_before(start + 200)
 
 
-def test_large_token_ids_survive() -> None:
-    """Ids above 32,767 and above 65,535 are not taken for negative ones."""
-    for dtype, largest in ((np.uint16, 65_535), (np.uint32, 128_255)):
-        inputs, labels = read_row(np.array([largest, largest], dtype=dtype), 0, 1, PADDING)
-        assert inputs.tolist() == labels.tolist() == [largest]
+@given(WEIGHTS, st.integers(0, 2**40))
+@settings(deadline=None)
+def test_a_component_takes_its_rows_in_turn(weights: list[float], start: int) -> None:
+    """Each component's positions are numbered without a gap, however far on one begins to look."""
+    order = mixture(weights, [10] * len(weights))
+    turns = order.counts_before(start)
+    of, found = order.components_at(np.arange(start, start + 100))
+    for component, turn in zip(of.tolist(), found.tolist(), strict=True):
+        assert turn == turns[component]
+        turns[component] += 1
+
+
+def test_each_component_of_a_mixture_has_epochs_of_its_own() -> None:
+    """A component's rows come as by its own order: each once an epoch, in another order every time."""
+    order = mixture([0.7, 0.3], [50, 9])
+    rows = order.rows_at(np.arange(1000))
+    small = rows[rows >= 50] - 50
+    assert small.tolist() == order.components[1].rows_at(np.arange(len(small))).tolist()
+    epochs = small[: len(small) // 9 * 9].reshape(-1, 9)
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs.tolist())
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) > 20
+
+
+def test_components_of_the_same_size_are_in_different_orders() -> None:
+    """The name enters the order, so two sources of one size do not go through it in step."""
+    order = mixture([1, 1], [64, 64])
+    first, second = (component.rows_at(np.arange(64)).tolist() for component in order.components)
+    assert first != second
+
+
+def test_the_order_of_a_mixture_does_not_depend_on_where_one_begins() -> None:
+    """A step's rows are the same asked for alone, or with all that come before it."""
+    order = mixture([5, 2, 1], [30, 20, 10])
+    together = order.rows_at(np.arange(400)).reshape(-1, 4)
+    assert all(order.rows_of_step(step).tolist() == together[step].tolist() for step in range(100))
+
+
+def test_a_component_without_weight_is_left_out() -> None:
+    """A weight of 0 takes no row, and one alone takes all."""
+    order = mixture([0, 3], [10, 10])
+    assert set(order.components_at(np.arange(500))[0].tolist()) == {1}

@@ -6,6 +6,7 @@ imports torch and never starts anything. So the same rules hold on a laptop, on 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -40,7 +41,12 @@ from titan.config.schema import (
     Float8Recipe,
     OnSpike,
     RecordFormat,
+<<<<<<< HEAD
+=======
+    SourceConfig,
+>>>>>>> part-P
     TitanConfig,
+    TokenizerConfig,
     TokenizerKind,
 )
 from titan.config.tokenizer_files import guess_kind, read_json
@@ -103,6 +109,7 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "parallelism.pp_less_first": 0,
             "parallelism.pp_less_last": 0,
             "data.num_workers": 0,
+            "data.prepare_workers": 1,
             "optimizer.lr": 0,
             "optimizer.weight_decay": 0,
             "optimizer.eps": 0,
@@ -377,34 +384,172 @@ def check_family(config: TitanConfig) -> Iterator[Problem]:
 
 
 def check_data(config: TitanConfig) -> Iterator[Problem]:
-    """The text is there."""
+    """The text is there, all of it where it is a mixture."""
     data = config.data
-    if data.kind is DataKind.python_stdlib:
-        if data.path is not None:
+    if data.kind is not DataKind.mixture:
+        if data.components:
+            names = ", ".join(data.components)
             yield Problem(
-                f"data.path = {data.path} is set, but data=python_stdlib reads Python's own sources",
-                suggestion=f"data=text data.path={data.path}",
+                f"data.components has {names}, but data={data.kind.name} is no mixture",
+                suggestion="data=mixture",
             )
+        yield from check_source(data, "data", config.tokenizer)
         return
-    if not data.path:
+    for key in ("path", "dataset", "subset", "revision"):
+        if getattr(data, key) is not None:
+            yield Problem(
+                f"data.{key} = {getattr(data, key)} is set, but data=mixture reads its components",
+                suggestion=f"data.components.NAME.{key}={getattr(data, key)}",
+            )
+    if not data.components:
         yield Problem(
-            f"data.path is not set, but data={data.kind.name} needs it",
-            suggestion=f"data.path=/path/to/files{'/*.jsonl' if data.kind is DataKind.jsonl else ''}",
+            "data=mixture, but data.components has none",
+            "Each has a name, a kind, what that needs, and a weight.",
+            "'+data.components.NAME={kind:text,path:/path/to/files,weight:0.3}'",
+        )
+    for name, part in data.components.items():
+        key = f"data.components.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+            yield Problem(
+                f"{key}: {name!r} is not a name",
+                "It names a folder: letters, digits, _ and -.",
+                f"data.components.{re.sub(r'[^A-Za-z0-9_-]', '_', name).strip('_-') or 'text'}",
+            )
+        if part.weight < 0:
+            yield Problem(f"{key}.weight = {part.weight} is below 0", suggestion=f"{key}.weight=1.0")
+        if part.kind is DataKind.mixture:
+            yield Problem(
+                f"{key}.kind = mixture, but a mixture's components are no mixtures",
+                "Their components can be named here, each with its own weight.",
+                f"{key}.kind=text",
+            )
+        else:
+            yield from check_source(part, key, config.tokenizer)
+    if data.components and not any(part.weight > 0 for part in data.components.values()):
+        total = math.fsum(part.weight for part in data.components.values())
+        yield Problem(
+            f"the weights of data.components sum to {total:g}",
+            "A component's share of the rows is its weight beside the sum of all.",
+            f"data.components.{next(iter(data.components))}.weight=1.0",
+        )
+
+
+_FILES = {
+    DataKind.text: "",
+    DataKind.jsonl: "/*.jsonl",
+    DataKind.parquet: "/*.parquet",
+    DataKind.arrow: "/*.arrow",
+}
+"""Kinds that read data.path, each with what one types behind a folder."""
+
+
+def check_source(source: SourceConfig, key: str, tokenizer: TokenizerConfig) -> Iterator[Problem]:
+    """One source is there, and nothing is said of it that it does not read.
+
+    Args:
+        source: Documents; no mixture.
+        key: Its node in the config.
+        tokenizer: What prepared documents have to be tokenised with.
+    """
+    kind = source.kind
+    choose = f"{key}=" if key == "data" else f"{key}.kind="
+    if kind is not DataKind.huggingface:
+        for name in ("dataset", "subset", "revision"):
+            if (value := getattr(source, name)) is not None:
+                yield Problem(
+                    f"{key}.{name} = {value} is set, but {choose}{kind.name} reads no dataset of the hub",
+                    suggestion=f"{choose}huggingface {key}.dataset={source.dataset or 'owner/name'}",
+                )
+    if source.format is RecordFormat.chat and kind in (DataKind.text, DataKind.python_stdlib):
+        yield Problem(
+            f"{key}.format = chat, but {choose}{kind.name} has no records with messages",
+            suggestion=f"{choose}jsonl   or  {key}.format=text",
+        )
+    if kind in _FILES:
+        yield from _check_files(source, key, choose)
+    elif kind is DataKind.prepared:
+        yield from _check_prepared(source, key, tokenizer)
+    elif source.path is not None:
+        reads = "Python's own sources" if kind is DataKind.python_stdlib else f"{key}.dataset"
+        other = f"{choose}text {key}.path={source.path}"
+        if kind is DataKind.huggingface:
+            other = f"{key}.path=null {key}.dataset={source.dataset or source.path}"
+        yield Problem(
+            f"{key}.path = {source.path} is set, but {choose}{kind.name} reads {reads}",
+            suggestion=other,
+        )
+    if kind is DataKind.huggingface:
+        yield from _check_dataset(source, key)
+
+
+def _check_files(source: SourceConfig, key: str, choose: str) -> Iterator[Problem]:
+    kind = source.kind
+    if not source.path:
+        yield Problem(
+            f"{key}.path is not set, but {choose}{kind.name} needs it",
+            suggestion=f"{key}.path=/path/to/files{_FILES[kind]}",
         )
         return
-    files = find_files(data.path, data.kind.name)
+    files = find_files(source.path, kind.name)
     if not files:
-        exists = Path(data.path).is_dir()
+        exists = Path(source.path).is_dir()
         yield Problem(
-            f"data.path = {data.path} {'holds no file to read' if exists else 'does not exist or matches nothing'}",
-            f"data={data.kind.name} takes a file, a folder or a glob such as '/path/**/*.jsonl.gz'.",
-            "data.path=/path/to/files   or  data=python_stdlib",
+            f"{key}.path = {source.path} {'holds no file to read' if exists else 'does not exist or matches nothing'}",
+            f"{choose}{kind.name} takes a file, a folder or a glob such as "
+            f"'/path/**{_FILES[kind] or '/*.txt'}{'.gz' if kind is DataKind.jsonl else ''}'.",
+            f"{key}.path=/path/to/files   or  {choose}python_stdlib",
         )
     elif not any(file.stat().st_size for file in files):
         yield Problem(
-            f"data.path = {data.path} holds {len(files)} file{'s' * (len(files) > 1)}, all of them empty",
-            suggestion="data.path=/path/to/files   or  data=python_stdlib",
+            f"{key}.path = {source.path} holds {len(files)} file{'s' * (len(files) > 1)}, all of them empty",
+            suggestion=f"{key}.path=/path/to/files   or  {choose}python_stdlib",
         )
+
+
+def _check_dataset(source: SourceConfig, key: str) -> Iterator[Problem]:
+    dataset = source.dataset
+    if not dataset:
+        yield Problem(
+            f"{key}.dataset is not set, but {key}.kind = huggingface needs it",
+            suggestion=f"{key}.dataset=owner/name   or  {key}.dataset=/path/to/a/saved/dataset",
+        )
+    elif not Path(dataset).is_dir() and (dataset[0] in "./~" or dataset.count("/") > 1):
+        yield Problem(
+            f"{key}.dataset = {dataset} is not a folder, and no name of the hub",
+            "There it is owner/name.",
+            f"{key}.dataset=owner/name   or  {key}.dataset=/path/to/a/saved/dataset",
+        )
+
+
+def _check_prepared(source: SourceConfig, key: str, tokenizer: TokenizerConfig) -> Iterator[Problem]:
+    anew = f"python -m titan.prepare --to {source.path or 'DIR'} data=... tokenizer=..."
+    if not source.path:
+        yield Problem(
+            f"{key}.path is not set, but {key}.kind = prepared needs it",
+            "It is a folder that titan.prepare wrote.",
+            f"{anew}   and then  {key}.path=DIR",
+        )
+        return
+    folder = Path(source.path)
+    manifests = sorted([*folder.glob("manifest.json"), *folder.glob("*/manifest.json")])
+    if not manifests:
+        yield Problem(
+            f"{key}.path = {source.path} {'has no manifest.json' if folder.is_dir() else 'is not a folder'}",
+            "Preparing writes it last, when all is there.",
+            anew,
+        )
+        return
+    for manifest in manifests:
+        try:
+            made_with = json.loads(manifest.read_text()).get("tokenizer")
+        except (OSError, ValueError, AttributeError):  # which the run will say in full
+            continue
+        if tokenizer.fingerprint is not None and made_with != tokenizer.fingerprint:
+            yield Problem(
+                f"{key}.path = {source.path} was prepared with another tokenizer than tokenizer={tokenizer.kind.name}",
+                f"Its fingerprint is {str(made_with)[:12]}, that of this one {tokenizer.fingerprint[:12]}.",
+                f"tokenizer=...   that it was prepared with, or  {anew}",
+            )
 
 
 def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
@@ -724,6 +869,16 @@ def check_profiling(config: TitanConfig) -> Iterator[Problem]:
             if config.training.steps > 1
             else "profiling=none",
         )
+
+
+def check_preparation(config: TitanConfig) -> Iterator[Problem]:
+    """What is to be tokenised is there, and what it is tokenised with; nothing else of the config is looked at."""
+    yield from _at_least(config, {"data.prepare_workers": 1})
+    yield from check_data(config)
+    try:
+        count_tokens(config.tokenizer)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _divisors(number: int) -> list[int]:

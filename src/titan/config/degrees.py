@@ -16,6 +16,7 @@ from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ClusterConfig,
     ClusterKind,
+<<<<<<< HEAD
     Device,
     Dtype,
     ParallelismConfig,
@@ -24,6 +25,16 @@ from titan.config.schema import (
 )
 from titan.config.vocabulary import compute_fingerprint
 from titan.errors import ConfigError, Problem
+=======
+    DataConfig,
+    Device,
+    Dtype,
+    ParallelismConfig,
+    SourceConfig,
+    TitanConfig,
+)
+from titan.errors import Problem
+>>>>>>> part-P
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The mesh's axes, outermost first."""
@@ -158,13 +169,19 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         cluster=cluster,
         parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
+<<<<<<< HEAD
         data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
         tokenizer=resolve_tokenizer(config.tokenizer),
         validation=validation,
+=======
+        data=resolve_data(config.data, cache),
+        tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
+>>>>>>> part-P
         checkpoint=checkpoint,
     ), problems
 
 
+<<<<<<< HEAD
 def resolve_tokenizer(tokenizer: TokenizerConfig) -> TokenizerConfig:
     """Say which tokenizer it is, where it can be read; what is wrong with it is for the rules to say."""
     tokenizer = replace(tokenizer, path=_absolute(tokenizer.path))
@@ -172,6 +189,20 @@ def resolve_tokenizer(tokenizer: TokenizerConfig) -> TokenizerConfig:
         with contextlib.suppress(ConfigError):
             tokenizer = replace(tokenizer, fingerprint=compute_fingerprint(tokenizer))
     return tokenizer
+=======
+def resolve_data(data: DataConfig, cache_dir: str) -> DataConfig:
+    """Make every path absolute, those of a mixture's components too, so that a rank may be started anywhere."""
+    components = {name: replace(part, **_absolute_paths(part)) for name, part in data.components.items()}
+    return replace(data, **_absolute_paths(data), components=components, cache_dir=_absolute(cache_dir))
+
+
+def _absolute_paths(source: SourceConfig) -> dict[str, str | None]:
+    is_folder = source.dataset is not None and Path(source.dataset).expanduser().is_dir()
+    return {
+        "path": _absolute(source.path),
+        "dataset": _absolute(source.dataset) if is_folder else source.dataset,
+    }
+>>>>>>> part-P
 
 
 def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterConfig, list[Problem]]:

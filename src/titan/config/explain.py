@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException, SearchPathExcep
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from titan.config.keys import is_known, schema_keys, table_of, unknown_key, wrong_value
+from titan.config.keys import find_key, is_known, schema_keys, table_of, unknown_key, wrong_value
 from titan.errors import ConfigError, Problem
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -98,10 +98,9 @@ def check_override(text: str, groups: Groups) -> Iterator[Problem]:
         yield from _check_choice(override, groups)
     elif not is_known(key):
         yield _unknown(override, groups)
-    elif key not in schema_keys():
+    elif (known := find_key(key)) is None or (override.is_delete() and known.is_node and key not in schema_keys()):
         return  # an entry of a table: any name, and any value that is no list
     elif override.is_delete():
-        known = schema_keys()[key]
         yield Problem(
             f"{text} takes a key away, but every key has to have a value",
             suggestion=f"{key}=null" if known.is_optional else f"{key}=...",
@@ -127,14 +126,19 @@ def _check_choice(override: Override, groups: Groups) -> Iterator[Problem]:
 
 
 def _check_value(key: str, value: Any) -> Iterator[Problem]:
-    known = schema_keys()[key]
-    if known.is_node and isinstance(value, dict):
+    known = find_key(key)
+    assert known is not None, "checked before"
+    has_entries = known.is_table and find_key(f"{key}.any") is not None
+    if (known.is_node or has_entries) and isinstance(value, dict):
         for name, inner in value.items():
             below = f"{key}.{name}"
-            if below in schema_keys():
+            if find_key(below) is not None:
                 yield from _check_value(below, inner)
             else:
                 yield unknown_key(below)
+        return
+    if known.is_node and key not in schema_keys():
+        yield wrong_value(known, value)
         return
     try:
         OmegaConf.update(OmegaConf.structured(known.parent), key.rpartition(".")[2], value)
@@ -244,6 +248,12 @@ def _explain_refused(text: str, error: Exception) -> Problem:
     if text == plain and (table := table_of(key)) is not None:
         entry = key.rpartition(".")[2]
         return Problem(f"{text}, but {table.name} has no {entry} yet", "A new entry has a + before it.", f"+{text}")
+    table = next((name for name, known in schema_keys().items() if known.is_table and key.startswith(f"{name}.")), "")
+    if "not in struct" in gist(error) and table:
+        entry = key.removeprefix(f"{table}.").partition(".")[0]
+        return Problem(
+            f"{text}, but {table} has no {entry} yet", suggestion=f"'+{table}.{entry}={{kind:text,path:...}}'"
+        )
     if key.startswith("hydra"):
         return Problem(f"{text} is refused by Hydra", gist(error), "--cfg hydra   for Hydra's own keys")
     if meant := re.search(r"Did you mean to override (\S+?)\?", str(error)):

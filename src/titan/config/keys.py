@@ -50,6 +50,23 @@ def schema_keys() -> dict[str, Key]:
     return {key.name: key for key in _walk(TitanConfig, "")}
 
 
+def find_key(name: str) -> Key | None:
+    """Return a key of the schema, or one inside an entry of a table whose entries have keys of their own."""
+    known = schema_keys().get(name)
+    if known is not None:
+        return known
+    for key in schema_keys().values():
+        entry_type = typing.get_args(key.type)[1] if key.is_table else None
+        if not dataclasses.is_dataclass(entry_type) or not name.startswith(f"{key.name}."):
+            continue
+        entry, _, inner = name.removeprefix(f"{key.name}.").partition(".")
+        if not inner:
+            return Key(name, key.parent, entry_type, False)
+        prefix = f"{key.name}.{entry}."
+        return next((found for found in _walk(typing.cast(type, entry_type), prefix) if found.name == name), None)
+    return None
+
+
 def table_of(name: str) -> Key | None:
     """Return the table that a dotted name is an entry of, if it is one."""
     parent, _, entry = name.rpartition(".")
@@ -59,7 +76,7 @@ def table_of(name: str) -> Key | None:
 
 def is_known(name: str) -> bool:
     """Whether a dotted name is a key of the schema, or an entry of one of its tables."""
-    return name in schema_keys() or table_of(name) is not None
+    return find_key(name) is not None or table_of(name) is not None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -81,6 +98,8 @@ def override(key: str, value: object) -> str:
 def unknown_key(key: str, value: str = "...") -> Problem:
     """Return the problem of a key that the schema does not have, with the nearest ones that it has."""
     leaves = [name for name, known in schema_keys().items() if not known.is_node]
+    if (entry := find_key(key.rpartition(".")[0])) is not None and entry.name not in schema_keys() and entry.is_node:
+        leaves = [found.name for found in _walk(entry.type, f"{entry.name}.")]
     last = key.rpartition(".")[2]
     near = [name for name in leaves if name.rpartition(".")[2] == last]  # the right word in the wrong group
     near += [name for name in difflib.get_close_matches(key, leaves, n=3, cutoff=0.6) if name not in near]
@@ -98,7 +117,7 @@ def wrong_value(key: Key, value: object) -> Problem:
     given = _typed(value)
     what = f"{key.name} = {given}"
     if key.is_node:
-        leaves = [name for name in schema_keys() if name.startswith(f"{key.name}.")]
+        leaves = [found.name for found in _walk(key.type, f"{key.name}.")]
         listed = ", ".join(name.rpartition(".")[2] for name in leaves)
         return Problem(f"{what}, but {key.name} holds keys, not a value", f"Its keys: {listed}", f"{leaves[0]}=...")
     if isinstance(key.type, type) and issubclass(key.type, Enum):

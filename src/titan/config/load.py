@@ -54,8 +54,14 @@ def conf_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra, so that it holds every group file and every override against it."""
-    ConfigStore.instance().store(name="titan_schema", node=TitanConfig)
+    """Make the schema known to Hydra, so that it holds every group file and every override against it.
+
+    A mixture's components are an open table there: omegaconf 2.3 refuses a plain table where an entry of a typed one is
+    added, as in +data.components.code={kind:text}. `to_typed` holds them against the schema afterwards.
+    """
+    node = OmegaConf.structured(TitanConfig)
+    node.data.components._metadata.element_type = Any
+    ConfigStore.instance().store(name="titan_schema", node=node)
 
 
 def compose(

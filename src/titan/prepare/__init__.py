@@ -1,0 +1,1 @@
+"""Tokenise once, and look into what was tokenised: `python -m titan.prepare`."""

@@ -1,0 +1,114 @@
+"""`python -m titan.prepare`: tokenise a source or a mixture once."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from titan.config.check import check_preparation
+from titan.config.degrees import resolve_data
+from titan.config.load import compose
+from titan.config.schema import DataConfig, DataKind, TokenizerConfig
+from titan.data.mixture import Preparation, components_of, find_prepared, source_of, write_mixture
+from titan.data.prepare import Progress, describe_progress, prepare_source
+from titan.data.prepared import Prepared
+from titan.data.tokenizer import Tokenizer, build_tokenizer
+from titan.errors import ConfigError, Problem
+from titan.launch.environment import current_machine
+
+
+def main(arguments: list[str]) -> bool:
+    """Run the command line; returns True, for what was asked is there."""
+    given = build_parser().parse_intermixed_args(arguments)
+    config, tokenizer_config = load(given.overrides, given.config_dir)
+    tokenizer = build_tokenizer(tokenizer_config)
+    began = time.monotonic()
+    if given.to is None:
+        assert config.cache_dir is not None, "resolved"
+        preparation = Preparation(
+            tokenizer, tokenizer_config, config.cache_dir, workers=config.prepare_workers, report=_report
+        )
+        found = find_prepared(config, preparation)
+        parts = {"": found} if isinstance(found, Prepared) else {name: part for name, (part, _) in found.items()}
+    else:
+        parts = prepare_to(Path(given.to).absolute(), config, tokenizer_config, tokenizer)
+    for name, part in parts.items():
+        for line in summary(part):
+            print(f"{name + ': ' if name else ''}{line}")
+    where = f"data=prepared data.path={given.to}" if given.to else "the same overrides"
+    print(f"done in {time.monotonic() - began:.1f} s; trained on with  {where}")
+    return True
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    command = argparse.ArgumentParser(
+        prog="python -m titan.prepare", description="Tokenise a source or a mixture once, in parallel and resumably."
+    )
+    command.add_argument("overrides", nargs="*", metavar="group=option|key=value", help="as for titan.train")
+    command.add_argument("--to", metavar="DIR", help="write it here (default: into data.cache_dir)")
+    command.add_argument("--config-dir", metavar="DIR", help="a folder of config groups of your own")
+    return command
+
+
+def load(overrides: list[str], config_dir: str | None = None) -> tuple[DataConfig, TokenizerConfig]:
+    """Compose and check what concerns the data.
+
+    Raises:
+        ConfigError: With all problems found.
+    """
+    config = compose(overrides, config_dir)
+    data = resolve_data(config.data, config.data.cache_dir or current_machine().cache_dir)
+    problems = list(check_preparation(replace(config, data=data)))
+    if data.kind is DataKind.prepared:
+        problems.append(
+            Problem("data=prepared is prepared already", suggestion=f"python -m titan.prepare show {data.path}")
+        )
+    if problems:
+        raise ConfigError(problems)
+    return data, config.tokenizer
+
+
+def prepare_to(
+    folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, tokenizer: Tokenizer
+) -> dict[str, Prepared]:
+    """Write a folder to train on with data=prepared; of a mixture, one below it for each component.
+
+    Raises:
+        DataError: As `prepare_source`.
+    """
+
+    def prepare(source: DataConfig, name: str) -> Prepared:
+        return prepare_source(
+            source if not name else source_of(config.components[name]),
+            folder / name,
+            tokenizer_config,
+            tokenizer,
+            config.prepare_workers,
+            lambda progress: _report(name, progress),
+        )
+
+    if config.kind is not DataKind.mixture:
+        return {"": prepare(config, "")}
+    components = components_of(config)
+    found = {name: prepare(config, name) for name in components}
+    write_mixture(folder, {name: component.weight for name, component in components.items()})
+    return found
+
+
+def summary(prepared: Prepared) -> list[str]:
+    """Return what a person wants to know of prepared data, as lines."""
+    lines = [
+        f"{prepared.documents:,} documents, {prepared.text_bytes:,} bytes of text, {prepared.tokens:,} tokens "
+        f"({prepared.text_bytes / max(1, prepared.tokens):.2f} bytes a token); the longest has "
+        f"{prepared.longest_document_tokens:,}"
+    ]
+    lines += [f"left out {count:,}: {reason}" for reason, count in prepared.skipped.items()]
+    lines.append(f"{len(prepared.parts):,} parts in {prepared.path}, digest {prepared.digest}")
+    return lines
+
+
+def _report(component: str, progress: Progress) -> None:
+    print(describe_progress(progress, component), flush=True)
