@@ -41,10 +41,7 @@ from titan.config.schema import (
     Float8Recipe,
     OnSpike,
     RecordFormat,
-<<<<<<< HEAD
-=======
     SourceConfig,
->>>>>>> part-P
     TitanConfig,
     TokenizerConfig,
     TokenizerKind,

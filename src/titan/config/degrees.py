@@ -16,25 +16,16 @@ from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ClusterConfig,
     ClusterKind,
-<<<<<<< HEAD
-    Device,
-    Dtype,
-    ParallelismConfig,
-    TitanConfig,
-    TokenizerConfig,
-)
-from titan.config.vocabulary import compute_fingerprint
-from titan.errors import ConfigError, Problem
-=======
     DataConfig,
     Device,
     Dtype,
     ParallelismConfig,
     SourceConfig,
     TitanConfig,
+    TokenizerConfig,
 )
-from titan.errors import Problem
->>>>>>> part-P
+from titan.config.vocabulary import compute_fingerprint
+from titan.errors import ConfigError, Problem
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The mesh's axes, outermost first."""
@@ -162,26 +153,20 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
     cache = config.data.cache_dir or machine.cache_dir
     validation = config.validation
     if validation.data is not None:
-        validation = replace(validation, data=replace(validation.data, path=_absolute(validation.data.path)))
+        validation = replace(validation, data=replace(validation.data, **_absolute_paths(validation.data)))
     return replace(
         config,
         run=replace(config.run, dir=_absolute(config.run.dir)),
         cluster=cluster,
         parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
-<<<<<<< HEAD
-        data=replace(config.data, path=_absolute(config.data.path), cache_dir=_absolute(cache)),
+        data=resolve_data(config.data, cache),
         tokenizer=resolve_tokenizer(config.tokenizer),
         validation=validation,
-=======
-        data=resolve_data(config.data, cache),
-        tokenizer=replace(config.tokenizer, path=_absolute(config.tokenizer.path)),
->>>>>>> part-P
         checkpoint=checkpoint,
     ), problems
 
 
-<<<<<<< HEAD
 def resolve_tokenizer(tokenizer: TokenizerConfig) -> TokenizerConfig:
     """Say which tokenizer it is, where it can be read; what is wrong with it is for the rules to say."""
     tokenizer = replace(tokenizer, path=_absolute(tokenizer.path))
@@ -189,7 +174,8 @@ def resolve_tokenizer(tokenizer: TokenizerConfig) -> TokenizerConfig:
         with contextlib.suppress(ConfigError):
             tokenizer = replace(tokenizer, fingerprint=compute_fingerprint(tokenizer))
     return tokenizer
-=======
+
+
 def resolve_data(data: DataConfig, cache_dir: str) -> DataConfig:
     """Make every path absolute, those of a mixture's components too, so that a rank may be started anywhere."""
     components = {name: replace(part, **_absolute_paths(part)) for name, part in data.components.items()}
@@ -202,7 +188,6 @@ def _absolute_paths(source: SourceConfig) -> dict[str, str | None]:
         "path": _absolute(source.path),
         "dataset": _absolute(source.dataset) if is_folder else source.dataset,
     }
->>>>>>> part-P
 
 
 def resolve_cluster(cluster: ClusterConfig, machine: Machine) -> tuple[ClusterConfig, list[Problem]]:
