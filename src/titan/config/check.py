@@ -575,7 +575,7 @@ def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
         )
     sources = {"data": config.data, "validation.data": config.validation.data}
     sources |= {f"data.components.{name}": component for name, component in config.data.components.items()}
-    chats = [name for name, source in sources.items() if source.format is RecordFormat.chat]
+    chats = [name for name, source in sources.items() if source is not None and source.format is RecordFormat.chat]
     if chats and kind is TokenizerKind.huggingface and read_json(path).chat_template is None:
         yield Problem(
             f"{chats[0]}.format = chat, but tokenizer.path = {path} has no chat template",

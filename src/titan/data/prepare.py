@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from titan.config.schema import RecordFormat, SourceConfig, TokenizerConfig
-from titan.data.encode import Encoder
+from titan.data.encode import BadConversation, Encoder
 from titan.data.prepared import FORMAT, MANIFEST, Part, PartWriter, Prepared, open_prepared, read_part, write_manifest
 from titan.data.shard import Shard
 from titan.data.source import Source, open_source, source_files
@@ -284,7 +284,11 @@ def _make_part(
     try:
         for number, shard in enumerate(shards):
             for document in shard.read():
-                encoded = encoder.encode(document.content)
+                try:
+                    encoded = encoder.encode(document.content)
+                except BadConversation as error:
+                    shard.refuse_document(document, str(error), error.reason)
+                    continue
                 if writer.add(encoded.tokens, encoded.learned, document.record, number):
                     count(writer.documents - told[0], writer.tokens - told[1])
                     told = writer.documents, writer.tokens

@@ -102,6 +102,12 @@ class Shard:
         if self.is_in_share(record):
             self.refuse_at(lambda: self.locate(record), message, reason, naming)
 
+    def refuse_document(self, document: Document, message: str, reason: str) -> None:
+        """Refuse a document that was read, and counted, but cannot be encoded; see `refuse_at`."""
+        self.documents -= 1
+        self.text_bytes -= count_bytes(document.content)
+        self.refuse(document.record, message, reason)
+
     def refuse_at(self, locate: Callable[[], str], message: str, reason: str, naming: str = "") -> None:
         """Raise, or count where bad documents are to be skipped.
 

@@ -21,12 +21,13 @@ import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from titan.config.schema import Packing
 from titan.data.batch import IGNORED_LABEL, permute
+from titan.data.encode import BadConversation, Encoded
 from titan.data.packing import Segment, pack_best_fit
 from titan.data.rows import Row
 from titan.data.shard import Content, Document, Shard, count_bytes
@@ -59,20 +60,6 @@ class Cursor(NamedTuple):
     """Tokens of the next document that are used up."""
 
 
-class Encoded(Protocol):
-    """A document in tokens."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """The tokens. Shape: (N,)."""
-        ...
-
-    @property
-    def learned(self) -> np.ndarray | None:
-        """Which of them count as labels; None for all. Shape: (N,) bool."""
-        ...
-
-
 def count_streams(global_batch_size: int, most: int) -> int:
     """Return how many streams share out the rows of a step: the largest divisor that is not above `most`."""
     return max(n for n in range(1, min(global_batch_size, most) + 1) if global_batch_size % n == 0)
@@ -101,7 +88,7 @@ class DocumentShare:
             skipped: Takes the count of documents that cannot be read, by reason.
         """
         shards = self.source.shards
-        order = permute(np.arange(len(shards)), len(shards), _key(f"{self.key}/shards/{cursor.epoch}"))
+        order = self._order(cursor.epoch)
         for place in range(cursor.place, len(shards)):
             index = int(order[place])
             shard = self._part_of(shards[index], index, place, bool(cursor.reads_all))
@@ -114,6 +101,14 @@ class DocumentShare:
                     told = shard.skipped.copy()
                 yield place, document
             skipped.update(shard.skipped - told)
+
+    def shard_at(self, epoch: int, place: int) -> Shard:
+        """Return the shard at a place of an epoch's order."""
+        return copy.copy(self.source.shards[int(self._order(epoch)[place])])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        count = len(self.source.shards)
+        return permute(np.arange(count), count, _key(f"{self.key}/shards/{epoch}"))
 
     def _part_of(self, shard: Shard, index: int, place: int, reads_all: bool) -> Shard | None:
         """Return a reader, with an account of its own, of what this stream takes of a shard."""
@@ -130,7 +125,8 @@ class DocumentShare:
 class _Window:
     """Some documents, shuffled."""
 
-    documents: list[Content]
+    documents: list[tuple[int, Document]]
+    """Each with the place of its shard in the epoch's order."""
     next_place: int
     next_record: int
     is_last: bool
@@ -237,7 +233,7 @@ class Stream:
                 self._leave_window(window)
                 continue
             self._next = at._replace(item=at.item + 1, offset=0)
-            encoded = self._encode(window.documents[at.item])
+            encoded = self._encode(*window.documents[at.item])
             if encoded is not None:
                 self._next = self._next._replace(has_documents=1)
                 return _Piece(encoded.tokens, encoded.learned, at._replace(has_documents=1), at.offset)
@@ -260,19 +256,25 @@ class Stream:
             self._leave_window(window)
 
     def _fit(self, window: _Window) -> list[Row]:
-        found = [encoded for content in window.documents if (encoded := self._encode(content)) is not None]
+        found = [encoded for document in window.documents if (encoded := self._encode(*document)) is not None]
         rows = pack_best_fit(np.array([len(encoded.tokens) for encoded in found], dtype=np.int64), self.seq_len)
         return [
             fill_row([(found[s.document], s) for s in segments], self.seq_len, self.padding, self.with_starts)
             for segments in rows
         ]
 
-    def _encode(self, content: Content) -> Encoded | None:
-        encoded = self.encode(content)
+    def _encode(self, place: int, document: Document) -> Encoded | None:
+        try:
+            encoded = self.encode(document.content)
+        except BadConversation as error:
+            shard = self.share.shard_at(self._next.epoch, place)
+            shard.refuse_document(document, str(error), error.reason)
+            self.skipped[error.reason] += 1
+            return None
         if len(encoded.tokens) < FEWEST_TOKENS:
             self.skipped[f"shorter than {FEWEST_TOKENS} tokens"] += 1
             return None
-        self.text_bytes += count_bytes(content)
+        self.text_bytes += count_bytes(document.content)
         self.tokens += len(encoded.tokens)
         return encoded
 
@@ -283,17 +285,17 @@ class Stream:
         at = self._next
         if self._documents is None:
             self._documents = self.share.read(at, self.skipped)
-        contents: list[Content] = []
+        documents: list[tuple[int, Document]] = []
         place, record = at.place, at.record
         for found, document in self._documents:
-            contents.append(document.content)
+            documents.append((found, document))
             place, record = found, document.record + 1
-            if len(contents) == self.window_size:
+            if len(documents) == self.window_size:
                 break
         key = _key(f"{self.share.key}/{self.share.stream}/{at.epoch}/{at.window}")
-        order = permute(np.arange(len(contents)), len(contents), key) if contents else []
-        is_last = len(contents) < self.window_size
-        self._window = _Window([contents[index] for index in order], place, record, is_last)
+        order = permute(np.arange(len(documents)), len(documents), key) if documents else []
+        is_last = len(documents) < self.window_size
+        self._window = _Window([documents[index] for index in order], place, record, is_last)
         return self._window
 
     def _leave_window(self, window: _Window) -> None:

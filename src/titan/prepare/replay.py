@@ -10,10 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from titan.config.load import load_config
 from titan.config.schema import TitanConfig
+from titan.data.digest import step_digest
 from titan.data.mixture import Preparation, load_rows
 from titan.data.rows import Row, Rows
 from titan.data.tokenizer import Tokenizer, build_tokenizer
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> bool:
     numbers = rows.order(config.training.global_batch_size, config.training.seed).rows_of_step(given.step - 1)
     wanted = _selected(given.rows, len(numbers))
     told = [_tell(rows, int(numbers[index]), index, tokenizer, given.whole) for index in wanted]
-    digest = digest_of(rows.read(numbers))
+    digest = step_digest(_each(rows.read(numbers)))
     recorded = _recorded_digest(directory.path, given.step)
     if given.json:
         print(json.dumps({"step": given.step, "digest": digest, "recorded_digest": recorded, "rows": told}))
@@ -66,15 +65,8 @@ def load_run_rows(config: TitanConfig, tokenizer: Tokenizer) -> Rows:
     return load_rows(config.data, config.training.seq_len, preparation, config.data.packing, config.data.mask_documents)
 
 
-def digest_of(rows: Row) -> str:
-    """Return the digest of a step's rows: XXH3, 128 bits, over inputs, labels and starts, in the order of the data."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    for column in rows:
-        if column is not None:
-            digest.update(np.ascontiguousarray(column).tobytes())
-    return digest.hexdigest()
+def _each(rows: Row) -> Iterator[Row]:
+    return (rows.at(index) for index in range(len(rows.inputs)))
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
