@@ -160,6 +160,10 @@ PROBLEMS = {
     "a subset of files": (["data=text", "data.path=/", "data.subset=en"], "reads no dataset of the hub"),
     "chat in text": (["data=python_stdlib", "data.format=chat"], "has no records with messages"),
     "not prepared": (["data=prepared", "data.path=/none"], "data.path = /none is not a folder"),
+    "streamed": (
+        ["data=prepared", "data.path=/", "data.streaming=true"],
+        "data.streaming = true, but data is prepared",
+    ),
     "no workers": (["data=python_stdlib", "data.prepare_workers=0"], "data.prepare_workers = 0 is below 1"),
 }
 

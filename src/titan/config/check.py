@@ -383,6 +383,14 @@ def check_family(config: TitanConfig) -> Iterator[Problem]:
 def check_data(config: TitanConfig) -> Iterator[Problem]:
     """The text is there, all of it where it is a mixture."""
     data = config.data
+    parts = {"data": data} | {f"data.components.{name}": part for name, part in data.components.items()}
+    for key, part in parts.items():
+        if data.streaming and part.kind is DataKind.prepared:
+            yield Problem(
+                f"data.streaming = true, but {key} is prepared",
+                "Streaming tokenises while training; what is prepared has its tokens.",
+                "data.streaming=false",
+            )
     if data.kind is not DataKind.mixture:
         if data.components:
             names = ", ".join(data.components)
