@@ -94,6 +94,8 @@ def test_replay_prints_the_documents_of_a_step(
     told = json.loads(capsys.readouterr().out)
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [row["row"] for row in told["rows"]] == [0, 1, 2, 3]
+    lines_told = {piece["where"] for row in told["rows"] for piece in row["pieces"] if piece["component"] == "lines"}
+    assert all(f"a.jsonl, line {number + 1}" in where for number, where in _numbered(lines_told))
     for piece in (piece for row in told["rows"] for piece in row["pieces"]):
         if piece["component"] == "lines":
             source = json.loads(lines[piece["record"]])["text"]
@@ -110,6 +112,11 @@ def test_replay_prints_the_documents_of_a_step(
     assert replay.main([str(run), "--step", "7"])
     (run / "data.jsonl").write_text(json.dumps({"step": 7, "digest": "0" * 32}) + "\n")
     assert not replay.main([str(run), "--step", "7"])
+
+
+def _numbered(places: set[str]) -> list[tuple[int, str]]:
+    """Return each place with the number that its line's document has in its text."""
+    return [(int(place.rpartition(" ")[2]) - 1, place) for place in places]
 
 
 def test_replay_says_what_cannot_be_replayed(tmp_path: Path, sources: list[str]) -> None:

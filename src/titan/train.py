@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,6 +50,8 @@ from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
 
 _TOLD_TO_STOP = (INTERRUPTED, TERMINATED, Stopped.exit_code)
+_SPEAKER_SECONDS = 5.0
+"""How long the ranks of an outer launcher that have nothing to say wait for the one that speaks."""
 
 
 def main() -> None:
@@ -370,6 +373,9 @@ def _exit_with(error: TitanError) -> NoReturn:
         rank = None
     if rank is None or rank.rank == 0:  # all ranks of an outer launcher find the same mistake
         print(error, file=sys.stderr)
+        _flush()
+    else:  # the first to end makes the launcher end the others, rank 0 before it has spoken
+        time.sleep(_SPEAKER_SECONDS)
     sys.exit(error.exit_code)
 
 

@@ -80,6 +80,7 @@ def test_conversations_need_a_template(tmp_path: Path) -> None:
     data = ("data=chat", f"data.path={tmp_path}", "tokenizer=huggingface")
     with pytest.raises(ConfigError, match=r"data\.format = chat, but tokenizer\.path = .* has no chat template"):
         resolved(*data, f"tokenizer.path={bare}")
+    held_out = ("validation=jsonl", f"validation.data.path={tmp_path}", "validation.data.format=chat")
     with pytest.raises(ConfigError, match=r"validation\.data\.format = chat, but"):
-        resolved("tokenizer=huggingface", f"tokenizer.path={bare}", "validation.data.format=chat")
+        resolved("tokenizer=huggingface", f"tokenizer.path={bare}", *held_out)
     assert resolved(*data, f"tokenizer.path={write_json_tokenizer(tmp_path / 'chat')}").data.packing.name == "best_fit"

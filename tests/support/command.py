@@ -105,7 +105,7 @@ def finish(process: Started, timeout_seconds: float = 120) -> Finished:
     return Finished(process.returncode, out, err, process.mark)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_seconds: float = 240) -> None:
     """Poll until something holds, or fail."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():

@@ -133,15 +133,37 @@ class _Window:
     """Whether the epoch ends with it."""
 
 
+@dataclass(frozen=True)
+class StreamedPiece:
+    """A piece of a document in a row."""
+
+    shard: Shard
+    """That the document is from."""
+    record: int
+    """Which record of the shard."""
+    first: int
+    """The piece's first token in the document."""
+    position: int
+    """Where in the row it is."""
+    length: int
+    """Positions that it takes."""
+    tokens: np.ndarray
+    """Of the whole document. Shape: (N,)."""
+
+
 @dataclass
 class _Piece:
     """What is left of a document."""
 
-    tokens: np.ndarray
-    learned: np.ndarray | None
+    encoded: Encoded
+    document: tuple[int, Document]
     cursor: Cursor
     """Of its first token."""
     first: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.encoded.tokens
 
 
 class Stream:
@@ -181,7 +203,9 @@ class Stream:
         self._window: _Window | None = None
         self._documents: Iterator[tuple[int, Document]] | None = None
         self._pieces: deque[_Piece] = deque()
-        self._rows: list[Row] | None = None
+        self._rows: list[tuple[Row, list[StreamedPiece]]] | None = None
+        self.pieces: list[StreamedPiece] = []
+        """What the row that was made last is made of."""
 
     def next_row(self) -> Row:
         """Make the next row.
@@ -202,17 +226,24 @@ class Stream:
         tokens = tokens.astype(np.int64)
         labels = tokens[1:].copy()
         starts = np.zeros(self.seq_len, dtype=np.int64) if self.with_starts else None
-        at = 0
+        at, self.pieces = 0, []
         for piece in self._pieces:
             end = at + len(piece.tokens) - piece.first
-            if piece.learned is not None:
-                learned = piece.learned[piece.first :][max(0, 1 - at) : self.seq_len + 1 - at]
+            if at < self.seq_len:
+                self.pieces.append(self._tell(piece, piece.first, at, min(end, self.seq_len) - at))
+            if piece.encoded.learned is not None:
+                learned = piece.encoded.learned[piece.first :][max(0, 1 - at) : self.seq_len + 1 - at]
                 labels[max(at - 1, 0) : end - 1][~learned] = IGNORED_LABEL
             if starts is not None:
                 starts[at:end] = at
             at = end
         self._advance()
         return Row(tokens[:-1], labels, starts)
+
+    def _tell(self, piece: _Piece, first: int, position: int, length: int) -> StreamedPiece:
+        place, document = piece.document
+        shard = self.share.shard_at(piece.cursor.epoch, place)
+        return StreamedPiece(shard, document.record, first, position, length, piece.tokens)
 
     def _advance(self) -> None:
         left = self.seq_len
@@ -233,10 +264,11 @@ class Stream:
                 self._leave_window(window)
                 continue
             self._next = at._replace(item=at.item + 1, offset=0)
-            encoded = self._encode(*window.documents[at.item])
+            document = window.documents[at.item]
+            encoded = self._encode(*document)
             if encoded is not None:
                 self._next = self._next._replace(has_documents=1)
-                return _Piece(encoded.tokens, encoded.learned, at._replace(has_documents=1), at.offset)
+                return _Piece(encoded, document, at._replace(has_documents=1), at.offset)
 
     def _next_fitted(self) -> Row:
         """Return the next row of the window's documents, which are packed together."""
@@ -247,7 +279,7 @@ class Stream:
                 if self._rows:
                     self._next = self._next._replace(has_documents=1)
             if self._next.item < len(self._rows):
-                row = self._rows[self._next.item]
+                row, self.pieces = self._rows[self._next.item]
                 self._next = self._next._replace(item=self._next.item + 1)
                 if self._next.item == len(self._rows):  # or going on would read a window for nothing
                     self._leave_window(window)
@@ -255,12 +287,22 @@ class Stream:
                 return row
             self._leave_window(window)
 
-    def _fit(self, window: _Window) -> list[Row]:
-        found = [encoded for document in window.documents if (encoded := self._encode(*document)) is not None]
-        rows = pack_best_fit(np.array([len(encoded.tokens) for encoded in found], dtype=np.int64), self.seq_len)
-        return [
-            fill_row([(found[s.document], s) for s in segments], self.seq_len, self.padding, self.with_starts)
-            for segments in rows
+    def _fit(self, window: _Window) -> list[tuple[Row, list[StreamedPiece]]]:
+        found = [
+            _Piece(encoded, document, self._next, 0)
+            for document in window.documents
+            if (encoded := self._encode(*document)) is not None
+        ]
+        rows = pack_best_fit(np.array([len(piece.tokens) for piece in found], dtype=np.int64), self.seq_len)
+        return [self._fill(found, segments) for segments in rows]
+
+    def _fill(self, found: list[_Piece], segments: Sequence[Segment]) -> tuple[Row, list[StreamedPiece]]:
+        parts = [(found[segment.document].encoded, segment) for segment in segments]
+        row = fill_row(parts, self.seq_len, self.padding, self.with_starts)
+        ends = np.cumsum([0, *(segment.length for segment in segments)]).tolist()
+        return row, [
+            self._tell(found[segment.document], segment.first, position, segment.length)
+            for segment, position in zip(segments, ends[:-1], strict=True)
         ]
 
     def _encode(self, place: int, document: Document) -> Encoded | None:

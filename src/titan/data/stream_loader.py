@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,25 @@ class StreamPlan:
         """Return where all streams begin. Shape: (components * streams, K) int64."""
         return np.tile(np.array(Cursor(), dtype=np.int64), (self.components * self.streams, 1))
 
+    def open(self, streams: Sequence[int], cursors: np.ndarray) -> dict[int, Stream]:
+        """Return some streams of every component by their numbers, from where the cursors stand."""
+        numbers = [component * self.streams + stream for component in range(self.components) for stream in streams]
+        return {
+            number: self.build(number // self.streams, number % self.streams, Cursor(*cursors[number].tolist()))
+            for number in numbers
+        }
+
+    def rows_of(
+        self, step: int, streams: Sequence[int], sources: Mapping[int, Stream]
+    ) -> Iterator[tuple[int, Row, int]]:
+        """Make the rows of a step that come from some streams: place in the global batch, row, number of the stream."""
+        size = self.rows_of_stream
+        places = np.concatenate([np.arange(stream * size, (stream + 1) * size) for stream in streams])
+        components = self.components_at(step * self.global_batch_size + places)
+        for place, component in zip(places.tolist(), components.tolist(), strict=True):
+            number = component * self.streams + place // size
+            yield place, sources[number].next_row(), number
+
     def read(
         self, streams: Sequence[int], cursors: np.ndarray, share: Share, steps: range, left_out: Collection[int]
     ) -> Iterator[StreamedPart]:
@@ -56,20 +75,14 @@ class StreamPlan:
             steps: Counted from 0.
             left_out: Those of the steps whose rows are made and dropped.
         """
-        numbers = [component * self.streams + stream for component in range(self.components) for stream in streams]
-        sources = {
-            number: self.build(number // self.streams, number % self.streams, Cursor(*cursors[number].tolist()))
-            for number in numbers
-        }
-        size = self.rows_of_stream
-        places = np.concatenate([np.arange(stream * size, (stream + 1) * size) for stream in streams])
+        sources = self.open(streams, cursors)
+        numbers = list(sources)
         for step in steps:
-            components = self.components_at(step * self.global_batch_size + places)
-            made: list[tuple[int, Row]] = []
-            for place, component in zip(places.tolist(), components.tolist(), strict=True):
-                row = sources[component * self.streams + place // size].next_row()
-                if place in share.places and step not in left_out:
-                    made.append((place, row))
+            made = [
+                (place, row)
+                for place, row, _ in self.rows_of(step, streams, sources)
+                if place in share.places and step not in left_out
+            ]
             of_rank = (
                 account([place for place, _ in made], _stack([row for _, row in made]), self.padding) if made else None
             )

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from titan.checkpoint.manifest import committed_steps, step_folder
 from titan.config.load import load_config
-from titan.config.schema import TitanConfig
+from titan.config.schema import DataConfig, DataKind, SourceConfig, TitanConfig
 from titan.data.digest import step_digest
 from titan.data.mixture import Preparation, load_rows
-from titan.data.rows import Row, Rows
+from titan.data.rows import Rows
+from titan.data.shard import Shard
+from titan.data.source import open_source
 from titan.data.tokenizer import Tokenizer, build_tokenizer
-from titan.errors import CommandError
-from titan.run_directory import RunDirectory
+from titan.errors import CommandError, TitanError
+from titan.run_directory import RunDirectory, read_objects
 
 _SHOWN_CHARACTERS = 200
+_LOCATED = (DataKind.jsonl, DataKind.text, DataKind.python_stdlib)
+"""Kinds whose records have a line in a file."""
 
 
 def main(arguments: list[str]) -> bool:
@@ -34,22 +41,15 @@ def main(arguments: list[str]) -> bool:
             f"--step {given.step} is none of the run's steps, which are 1 to {config.training.steps}\n"
             f"  Try  --step {min(max(1, given.step), config.training.steps)}"
         )
-    if config.data.streaming:
-        raise CommandError(
-            "the run's data is streamed: which documents a step has depends on all before it\n"
-            "  Try  python -m titan.prepare   and a run without data.streaming"
-        )
+    wanted = _selected(given.rows, config.training.global_batch_size)
     tokenizer = build_tokenizer(config.tokenizer)
-    rows = load_run_rows(config, tokenizer)
-    numbers = rows.order(config.training.global_batch_size, config.training.seed).rows_of_step(given.step - 1)
-    wanted = _selected(given.rows, len(numbers))
-    told = [_tell(rows, int(numbers[index]), index, tokenizer, given.whole) for index in wanted]
-    digest = step_digest(_each(rows.read(numbers)))
-    recorded = _recorded_digest(directory.path, given.step)
+    replay = _replay_stream if config.data.streaming else _replay_prepared
+    told, digest = replay(config, directory, given.step, wanted, tokenizer, given.whole)
+    recorded = _recorded_digest(directory.rows, given.step)
     if given.json:
         print(json.dumps({"step": given.step, "digest": digest, "recorded_digest": recorded, "rows": told}))
     else:
-        for line in _format(told, given.step, len(numbers), given.whole):
+        for line in _format(told, given.step, config.training.global_batch_size, given.whole):
             print(line)
         print(f"digest     {digest}{_verdict(digest, recorded)}")
     if recorded not in (None, digest):
@@ -65,8 +65,103 @@ def load_run_rows(config: TitanConfig, tokenizer: Tokenizer) -> Rows:
     return load_rows(config.data, config.training.seq_len, preparation, config.data.packing, config.data.mask_documents)
 
 
-def _each(rows: Row) -> Iterator[Row]:
-    return (rows.at(index) for index in range(len(rows.inputs)))
+def _replay_prepared(
+    config: TitanConfig, directory: RunDirectory, step: int, wanted: list[int], tokenizer: Tokenizer, whole: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """Return what the wanted rows of a step are made of, and the digest of all of them."""
+    rows = load_run_rows(config, tokenizer)
+    numbers = rows.order(config.training.global_batch_size, config.training.seed).rows_of_step(step - 1)
+    shards = _shards_by_name(config.data)
+    told = []
+    for index in wanted:
+        pieces = []
+        for piece in rows.documents_of(int(numbers[index])):
+            shard = shards.get((piece.component, piece.shard))
+            pieces.append(
+                {
+                    "component": piece.component,
+                    "shard": piece.shard,
+                    "record": piece.record,
+                    "where": shard.locate(piece.record) if shard is not None else None,
+                    "first": piece.first,
+                    "position": piece.position,
+                    "length": piece.length,
+                    "document_tokens": piece.document_tokens,
+                    "text": tokenizer.decode(rows.read_tokens(piece, whole).tolist()),
+                }
+            )
+        told.append({"row": index, "number": int(numbers[index]), "pieces": pieces})
+    read = rows.read(numbers)
+    return told, step_digest(read.at(index) for index in range(len(numbers)))
+
+
+def _shards_by_name(config: DataConfig) -> dict[tuple[str, str], Shard]:
+    """Return the files that can still be looked into for a record's line, by component and name."""
+    parts: dict[str, SourceConfig] = dict(config.components) if config.kind is DataKind.mixture else {"": config}
+    found: dict[tuple[str, str], Shard] = {}
+    for name, part in parts.items():
+        if part.kind in _LOCATED:
+            with contextlib.suppress(TitanError):  # the text may be gone, its tokens are there
+                found |= {(name, shard.name): shard for shard in open_source(part).shards}
+    return found
+
+
+def _replay_stream(
+    config: TitanConfig, directory: RunDirectory, step: int, wanted: list[int], tokenizer: Tokenizer, whole: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """Return the same for a run whose data is streamed: made again, from the newest checkpoint before the step on."""
+    from titan.data.feed import build_stream_feed, open_streams
+    from titan.data.loader import Share
+
+    training = config.training
+    text = open_streams(config.data, tokenizer)
+    plan = build_stream_feed(
+        text, Share(training.global_batch_size, training.global_batch_size, 0, 1), training.seq_len, training.seed
+    ).plan
+    names = list(text.sources)
+    first, cursors = _cursors_before(directory, step, plan.initial_cursors())
+    streams = range(plan.streams)
+    sources = plan.open(streams, cursors)
+    for before in range(first, step - 1):
+        for _ in plan.rows_of(before, streams, sources):
+            pass
+    rows, told = [], []
+    for place, row, number in plan.rows_of(step - 1, streams, sources):
+        rows.append(row)
+        if place not in wanted:
+            continue
+        pieces = [
+            {
+                "component": names[number // plan.streams],
+                "shard": piece.shard.name,
+                "record": piece.record,
+                "where": piece.shard.locate(piece.record),
+                "first": piece.first,
+                "position": piece.position,
+                "length": piece.length,
+                "document_tokens": len(piece.tokens),
+                "text": tokenizer.decode(
+                    (piece.tokens if whole else piece.tokens[piece.first : piece.first + piece.length]).tolist()
+                ),
+            }
+            for piece in sources[number].pieces
+        ]
+        told.append({"row": place, "number": None, "pieces": pieces})
+    return told, step_digest(rows)
+
+
+def _cursors_before(directory: RunDirectory, step: int, initial: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return the newest step before this one that was saved with its cursors, and these; else 0 and the beginning."""
+    from titan.checkpoint.files import read_metadata, read_tensor, tensor_infos
+    from titan.checkpoint.state import CURSORS
+
+    for saved in reversed(committed_steps(directory.checkpoints)):
+        if saved < step:
+            folder = step_folder(directory.checkpoints, saved)
+            infos = tensor_infos(read_metadata(folder))
+            if CURSORS in infos and tuple(infos[CURSORS].shape) == initial.shape:
+                return saved, read_tensor(folder, CURSORS, infos[CURSORS]).numpy()
+    return 0, initial
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -94,23 +189,17 @@ def _selected(text: str | None, count: int) -> list[int]:
     return chosen
 
 
-def _tell(rows: Rows, row: int, index: int, tokenizer: Tokenizer, whole: bool) -> dict[str, Any]:
-    pieces = []
-    for piece in rows.documents_of(row):
-        text = tokenizer.decode(rows.read_tokens(piece, whole).tolist())
-        pieces.append(asdict(piece) | {"text": text})
-    return {"row": index, "number": row, "pieces": pieces}
-
-
 def _format(told: list[dict[str, Any]], step: int, count: int, whole: bool) -> Iterator[str]:
     yield f"step       {step}, {count} rows"
     for row in told:
-        yield f"row {row['row']}      number {row['number']:,} of the data"
+        number = "" if row["number"] is None else f"      number {row['number']:,} of the data"
+        yield f"row {row['row']}{number}"
         for piece in row["pieces"]:
             component = f"{piece['component']}: " if piece["component"] else ""
             last = piece["first"] + piece["length"] - 1
+            where = piece["where"] or f"{piece['shard']}, record {piece['record']:,}"
             yield (
-                f"  {piece['position']:>6}   {component}{piece['shard']}, record {piece['record']:,}: tokens "
+                f"  {piece['position']:>6}   {component}{where}: tokens "
                 f"{piece['first']:,} to {last:,} of {piece['document_tokens']:,}"
             )
             text = piece["text"]
@@ -120,18 +209,13 @@ def _format(told: list[dict[str, Any]], step: int, count: int, whole: bool) -> I
             yield from (f"           | {line}" for line in text.splitlines())
 
 
-def _recorded_digest(run: Path, step: int) -> str | None:
+def _recorded_digest(path: Path, step: int) -> str | None:
     """Return what the run has written down of a step's rows; None where it has not."""
-    found = None
     try:
-        with (run / "data.jsonl").open() as file:
-            for line in file:
-                told = json.loads(line)
-                if told.get("step") == step:
-                    found = told.get("digest")
-    except (OSError, ValueError, AttributeError):
-        return found
-    return found
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((row.get("digest") for row in reversed(read_objects(lines)) if row.get("step") == step), None)
 
 
 def _verdict(digest: str, recorded: str | None) -> str:
