@@ -149,6 +149,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(here: Path, cache: Path, text
     process = start(arguments, here, clean_environment(cache))
     try:
         wait_until(lambda: len(list((here / "run").glob("logs/*.log"))) == ranks, "the ranks")
+        wait_until(lambda: "state" in RunDirectory(here / "run").read_status(), "a status")
         os.killpg(process.pid, signal.SIGINT)
         finished = finish(process, 60)
         assert finished.code == 130, finished.text
