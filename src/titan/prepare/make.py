@@ -106,7 +106,8 @@ def summary(prepared: Prepared) -> list[str]:
         f"{prepared.longest_document_tokens:,}"
     ]
     lines += [f"left out {count:,}: {reason}" for reason, count in prepared.skipped.items()]
-    lines.append(f"{len(prepared.parts):,} parts in {prepared.path}, digest {prepared.digest}")
+    count = len(prepared.parts)
+    lines.append(f"{count:,} part{'s' * (count != 1)} in {prepared.path}, digest {prepared.digest}")
     return lines
 
 
