@@ -139,7 +139,7 @@ def test_checkpoints_that_cannot_be_used(make_run: MakeRun, undisturbed: MakeRef
     put_foreign(run.checkpoints, run.reference.checkpoint(newest + INTERVAL))
     run.report.add("another run's checkpoint is put in as the newest", None, 0, f"step {newest + INTERVAL}")
     run.survive("SIGKILL of a rank while it loads", "kill:1:loaded:1")
-    assert (run.checkpoints / f"damaged_step_{newest + INTERVAL:08d}").is_dir()
+    assert (run.checkpoints / f"foreign_step_{newest + INTERVAL:08d}").is_dir()
 
     kept = here / "kept"
     shutil.copytree(run.checkpoints, kept)
