@@ -161,10 +161,10 @@ PROBLEMS = {
     "a mixture inside": (["+data.components.a={kind:mixture}"], "a mixture's components are no mixtures"),
     "its file missing": (["+data.components.a={kind:text,path:/none}"], "data.components.a.path = /none does not"),
     "its path missing": (["+data.components.a={kind:parquet}"], "data.components.a.path is not set"),
-    "no mixture": (["data=python_stdlib", "+data.components.a={kind:text,path:/}"], "is no mixture"),
+    "no mixture": (["data=python_stdlib", "+data.components.a={kind:text,path:/none}"], "is no mixture"),
     "no dataset": (["data=huggingface", "data.dataset=null"], "data.dataset is not set"),
     "no folder": (["data=huggingface", "data.dataset=./none"], "is not a folder, and no name of the hub"),
-    "a subset of files": (["data=text", "data.path=/", "data.subset=en"], "reads no dataset of the hub"),
+    "a subset of files": (["data=text", "data.path=/none", "data.subset=en"], "reads no dataset of the hub"),
     "chat in text": (["data=python_stdlib", "data.format=chat"], "has no records with messages"),
     "not prepared": (["data=prepared", "data.path=/none"], "data.path = /none is not a folder"),
     "streamed": (

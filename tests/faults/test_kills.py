@@ -45,6 +45,8 @@ def shuffled(draw: Random, first: Case, *others: Case) -> list[Case]:
     return [first, *draw.sample(others, len(others))]
 
 
+@pytest.mark.faults
+@pytest.mark.timeout(900)
 def test_a_run_survives(make_run: MakeRun, undisturbed: MakeReference) -> None:
     """A kill in a save, one between rename and clean-up, and a damaged checkpoint: the same run, to the bit."""
     run = make_run(undisturbed(SHORT), "checkpoint=async", lost_intervals=2)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -55,39 +55,32 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-class Order(Protocol):
+class Order(ABC):
     """The endless order in which rows are visited."""
 
-    @property
-    def global_batch_size(self) -> int:
-        """Rows of a step."""
-        ...
-
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Return the rows of a step, counted from 0. Shape: (global_batch_size,), int64."""
-        ...
-
-    def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the rows at some positions of the endless order. Shape: (N,) int64 -> (N,) int64."""
-        ...
-
-
-@dataclass(frozen=True)
-class RowOrder:
-    """The endless order in which rows are visited."""
-
-    rows: int
-    """Rows in the data."""
     global_batch_size: int
     """Rows of a step."""
-    seed: int
-    name: str = ""
-    """Of the mixture's component, which gives it an order of its own."""
 
     def rows_of_step(self, step: int) -> np.ndarray:
         """Return the rows of a step, counted from 0. Shape: (global_batch_size,), int64."""
         start = step * self.global_batch_size
         return self.rows_at(np.arange(start, start + self.global_batch_size))
+
+    @abstractmethod
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows at some positions of the endless order. Shape: (N,) int64 -> (N,) int64."""
+
+
+@dataclass(frozen=True)
+class RowOrder(Order):
+    """The endless order in which the rows of one source are visited."""
+
+    rows: int
+    """Rows in the data."""
+    global_batch_size: int
+    seed: int
+    name: str = ""
+    """Of the mixture's component, which gives it an order of its own."""
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at some positions of the endless order. Shape: (N,) int64 -> (N,) int64."""
@@ -104,7 +97,7 @@ class RowOrder:
 
 
 @dataclass(frozen=True)
-class MixtureOrder:
+class MixtureOrder(Order):
     """The endless order in which the rows of several components are visited, each by its share.
 
     Position p is the heaviest component's if floor((p + 1) * w) is above floor(p * w), w being its share; the positions
@@ -119,11 +112,6 @@ class MixtureOrder:
     weights: tuple[float, ...]
     """Of any sum."""
     global_batch_size: int
-
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Return the rows of a step, counted from 0. Shape: (global_batch_size,), int64."""
-        start = step * self.global_batch_size
-        return self.rows_at(np.arange(start, start + self.global_batch_size))
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at some positions of the endless order. Shape: (N,) int64 -> (N,) int64."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from titan.data.batch import IGNORED_LABEL
+from titan.data.batch import IGNORED_LABEL, Order
 from titan.data.rows import Row, Rows
 
 
@@ -52,11 +52,11 @@ class HeldOutRows:
 
 
 @dataclass(frozen=True)
-class InOrder:
+class InOrder(Order):
     """The order of a set that is gone through once: round by round, each of so many rows."""
 
     global_batch_size: int
 
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Return the rows of a round, counted from 0; numbers beyond the set are to count nothing."""
-        return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the positions themselves; numbers beyond the set are to count nothing."""
+        return positions

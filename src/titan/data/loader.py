@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titan.data.batch import Order
 from titan.data.digest import count_padding, row_digest
 from titan.data.rows import Row
 from titan.data.workers import Workers
@@ -64,14 +65,6 @@ class Readable(Protocol):
 
     def read(self, rows: Sequence[int] | np.ndarray) -> Row:
         """Return some rows. Shape: (B, S) each."""
-        ...
-
-
-class Ordered(Protocol):
-    """Says which rows a step has."""
-
-    def rows_of_step(self, step: int) -> np.ndarray:
-        """Return the rows of a step, counted from 0. Shape: (global_batch_size,), int64."""
         ...
 
 
@@ -132,7 +125,7 @@ class MicroBatch:
 
 def build_loader(
     rows: Readable,
-    order: Ordered,
+    order: Order,
     share: Share,
     padding: int,
     first_step: int,
@@ -199,8 +192,6 @@ def account(places: Sequence[int], rows: Row, padding: int) -> MicroBatch:
     return MicroBatch(collate(rows), digest, count_padding(rows, padding))
 
 
-def collate(rows: Row | list[Row]) -> Batch:
-    """Make a batch of rows that were read together, or one by one."""
-    if isinstance(rows, list):
-        rows = Row(*(None if column[0] is None else np.stack(column) for column in zip(*rows, strict=True)))  # type: ignore[arg-type]
+def collate(rows: Row) -> Batch:
+    """Make a batch of rows that were read together."""
     return Batch(*(None if column is None else torch.from_numpy(column) for column in rows))  # type: ignore[arg-type]

@@ -39,14 +39,6 @@ class MixtureRows:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
-    def __getitem__(self, row: int) -> Row:
-        """Return a row. Shape: (S,) each."""
-        return self.read([row]).at(0)
-
-    def __getitems__(self, rows: list[int]) -> Row:
-        """Return some rows; DataLoader calls this."""
-        return self.read(rows)
-
     def read(self, rows: Sequence[int] | np.ndarray) -> Row:
         """Return some rows. Shape: (B, S) each."""
         wanted = np.asarray(rows, np.int64)

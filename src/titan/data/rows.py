@@ -253,10 +253,6 @@ class PreparedRows:
         """Return a row. Shape: (S,) each."""
         return self.read([row]).at(0)
 
-    def __getitems__(self, rows: list[int]) -> Row:
-        """Return some rows; DataLoader calls this."""
-        return self.read(rows)
-
     def read(self, rows: Sequence[int] | np.ndarray) -> Row:
         """Return some rows. Shape: (B, S) each.
 

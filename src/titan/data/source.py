@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titan.config.files import find_files, find_standard_library
+from titan.config.files import find_files
 from titan.config.schema import DataKind, SourceConfig
+from titan.config.sources import files_of
 from titan.data.file_source import file_shards
 from titan.data.shard import Content, Document, Shard
 from titan.errors import DataError
@@ -73,13 +74,10 @@ def source_files(config: SourceConfig) -> list[Path]:
     Raises:
         DataError: If there is none.
     """
-    if config.kind is DataKind.python_stdlib:
-        return find_standard_library()
     if config.kind is DataKind.huggingface:
         assert config.dataset is not None, "checked before anything was started"
         return find_files(config.dataset, "text") if Path(config.dataset).is_dir() else []
-    assert config.path is not None, "checked before anything was started"
-    files = find_files(config.path, config.kind.name)
+    files = files_of(config)
     if not files:
         raise DataError(f"no files to read for data={config.kind.name}, data.path={config.path}")
     return files

@@ -17,6 +17,7 @@ Inside a stream, windows of some documents each are shuffled, tokenised and pack
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -104,11 +105,10 @@ class DocumentShare:
 
     def shard_at(self, epoch: int, place: int) -> Shard:
         """Return the shard at a place of an epoch's order."""
-        return copy.copy(self.source.shards[int(self._order(epoch)[place])])
+        return self.source.shards[int(self._order(epoch)[place])]
 
     def _order(self, epoch: int) -> np.ndarray:
-        count = len(self.source.shards)
-        return permute(np.arange(count), count, _key(f"{self.key}/shards/{epoch}"))
+        return _order_of_shards(len(self.source.shards), f"{self.key}/shards/{epoch}")
 
     def _part_of(self, shard: Shard, index: int, place: int, reads_all: bool) -> Shard | None:
         """Return a reader, with an account of its own, of what this stream takes of a shard."""
@@ -309,7 +309,7 @@ class Stream:
         try:
             encoded = self.encode(document.content)
         except BadConversation as error:
-            shard = self.share.shard_at(self._next.epoch, place)
+            shard = copy.copy(self.share.shard_at(self._next.epoch, place))  # with an account of its own
             shard.refuse_document(document, str(error), error.reason)
             self.skipped[error.reason] += 1
             return None
@@ -377,6 +377,11 @@ def fill_row(parts: Sequence[tuple[Encoded, Segment]], seq_len: int, padding: in
     if starts is not None:
         starts[at:] = at
     return Row(inputs, labels, starts)
+
+
+@functools.lru_cache(maxsize=64)  # asked for with every piece of a row
+def _order_of_shards(count: int, name: str) -> np.ndarray:
+    return permute(np.arange(count), count, _key(name))
 
 
 def _key(text: str) -> int:

@@ -28,6 +28,7 @@ from typing import Any
 from titan.config.degrees import world_size
 from titan.config.files import fixed_part
 from titan.config.schema import ClusterConfig, Device, TitanConfig, TokenizerKind
+from titan.config.sources import sources_of
 from titan.errors import ConfigError, Problem, TitanError
 from titan.launch.jobs import SlurmJob
 from titan.launch.signals import hold_warnings
@@ -323,7 +324,7 @@ def _mounts(config: TitanConfig, mounted: Path) -> list[str]:
     """Return what a container has to see: the user's own mounts, and what the config names if they do not have it."""
     given = config.cluster.container_mounts
     inside = [mount.split(":")[1 if ":" in mount else 0].rstrip("/") for mount in given]
-    parts = [config.data, config.validation.data, *config.data.components.values()]
+    parts = [config.validation.data, *sources_of(config.data).values()]
     sources = [source for source in parts if source is not None]
     named = [str(mounted), config.data.cache_dir, *(fixed_part(each.path) for each in sources if each.path)]
     named += [each.dataset for each in sources if each.dataset is not None and Path(each.dataset).is_dir()]

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from titan.checkpoint.first_rank import on_first_rank
 from titan.config.schema import RecordFormat
 from titan.data.batch import IGNORED_LABEL
 from titan.data.held_out import HeldOutRows, InOrder
@@ -105,13 +106,13 @@ class Validator:
         """Whether metrics.jsonl has this step's validation, by rank 0's word."""
         if self.trainer.held_out is None or step == 0:
             return False
-        found: list[bool] = [False]
-        if dist.get_rank() == 0:
+
+        def look() -> bool:
             lines = self.trainer.directory.metrics.read_text(errors="replace").splitlines()
             rows = [json.loads(line) for line in lines[-2:]]  # whole lines up to this step: `JsonLines` has seen to it
-            found[0] = any(row["step"] == step and "validation_loss" in row for row in rows)
-        dist.broadcast_object_list(found)
-        return found[0]
+            return any(row["step"] == step and "validation_loss" in row for row in rows)
+
+        return on_first_rank(look)
 
 
 def validate(trainer: Trainer, rows: HeldOutRows, end_if_told: Callable[[], None] = lambda: None) -> Validation:
