@@ -178,7 +178,6 @@ def test_an_interrupted_run_is_the_undisturbed_one(titan_process: Command, text_
 @pytest.mark.parametrize(
     ("first", "onto"),
     [
-        ("cluster.devices_per_node=2", "cluster.devices_per_node=4 parallelism=fsdp_tp parallelism.tp=2"),
         (
             "cluster.devices_per_node=4 parallelism=fsdp_tp parallelism.tp=2",
             "cluster.devices_per_node=1 parallelism.tp=1",

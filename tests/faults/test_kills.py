@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults import cases
 from tests.faults.cases import Case, Moment
-from tests.faults.conftest import INTERVAL, SHORT, MakeReference, MakeRun
+from tests.faults.conftest import INTERVAL, MakeReference, MakeRun
 from tests.faults.damage import DAMAGES, put_foreign
 from tests.faults.supervisor import Run
 from tests.support.command import Started, processes_with, wait_until
@@ -43,19 +43,6 @@ def marathon(run: Run, faults: list[Case], damages: list[str]) -> None:
 def shuffled(draw: Random, first: Case, *others: Case) -> list[Case]:
     """Return cases in an order drawn from the seed, but for the first: until it there is nothing to load."""
     return [first, *draw.sample(others, len(others))]
-
-
-@pytest.mark.faults
-@pytest.mark.timeout(900)
-def test_a_run_survives(make_run: MakeRun, undisturbed: MakeReference) -> None:
-    """A kill in a save, one between rename and clean-up, and a damaged checkpoint: the same run, to the bit."""
-    run = make_run(undisturbed(SHORT), "checkpoint=async", lost_intervals=2)
-    *_, in_a_shard, _, after_the_rename = cases.BACKGROUND["async"]
-    strike(run, after_the_rename)
-    name = "a bit is flipped in any file"
-    run.damage_newest(name, DAMAGES[name])
-    strike(run, in_a_shard)
-    run.complete()
 
 
 @pytest.mark.faults

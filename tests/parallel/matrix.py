@@ -46,6 +46,11 @@ class Case:
         limit = 4 if self.kind == "two axes" else 2
         return self.world_size > limit or "compile=inductor" in self.overrides
 
+    @property
+    def is_tested(self) -> bool:
+        """Whether it is a test; sixteen ranks with options keep two cores busy for long, and are in the table only."""
+        return self.world_size < 16 or self.kind in ("four axes", "documents apart")
+
 
 def mesh(**degrees: int) -> tuple[str, ...]:
     """Return the overrides of a mesh. FSDP stays out unless asked for, so that an axis is seen alone."""

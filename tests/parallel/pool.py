@@ -18,7 +18,6 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-
 _PRELOADED = ["tests.parallel.layouts", "titan.trainer.loop", "torch._dynamo"]
 _NICENESS = 10
 

@@ -94,7 +94,7 @@ def start(arguments: list[str], folder: Path, environment: dict[str, str], progr
     return process
 
 
-def finish(process: Started, timeout_seconds: float = 120) -> Finished:
+def finish(process: Started, timeout_seconds: float = 240) -> Finished:
     """Wait for a process to end; one that does not is a failure, and is killed with all that it has started."""
     try:
         out, err = process.communicate(timeout=timeout_seconds)
