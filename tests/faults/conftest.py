@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -28,21 +29,31 @@ MakeReference = Callable[..., Reference]
 MakeRun = Callable[..., Run]
 
 
-_REPORT = pytest.StashKey[Report]()
+_INJECTED = pytest.StashKey[int]()
+_OF_WORKER = "faults_injected"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was injected, and what the moments were drawn from."""
-    if (report := config.stash.get(_REPORT, None)) is not None:
-        terminalreporter.write_line(f"{len(report.records)} faults injected, FAULT_SEED={SEED}")
+    if injected := config.stash.get(_INJECTED, 0):
+        terminalreporter.write_line(f"{injected} faults injected, FAULT_SEED={SEED}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Count what was injected by a process of pytest-xdist."""
+    injected = getattr(node, "workeroutput", {}).get(_OF_WORKER, 0)
+    node.config.stash[_INJECTED] = node.config.stash.get(_INJECTED, 0) + injected
 
 
 @pytest.fixture(scope="session")
 def report(request: pytest.FixtureRequest) -> Iterator[Report]:
     """Return what all tests add to; it is written down at the end, where FAULT_RECORDS says so."""
     report, began = Report(SEED), time.monotonic()
-    request.config.stash[_REPORT] = report
     yield report
+    request.config.stash[_INJECTED] = len(report.records)
+    if (output := getattr(request.config, "workeroutput", None)) is not None:
+        output[_OF_WORKER] = len(report.records)
     if path := os.environ.get("FAULT_RECORDS"):
         report.write(Path(path), request.session.testsfailed, time.monotonic() - began)
 
