@@ -21,6 +21,7 @@ from titan.data.prepared import Prepared, find_damage, open_prepared, token_dtyp
 from titan.data.shard import Document, Shard
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import DataError
+from titan.run_directory import unique_temporary
 
 SETTINGS = TokenizerConfig(kind=TokenizerKind.bytes)
 TOKENIZER = build_tokenizer(SETTINGS)
@@ -131,7 +132,9 @@ def test_an_interruption_costs_what_was_not_done(many: DataConfig, monkeypatch: 
         open_prepared(folder)
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("part_*.tokens")}
     assert len(done) >= 2
-    dead = folder / f".part_00009.tokens.{os.uname().nodename}.999999999.tmp"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 999_999_999)
+        dead = unique_temporary(folder / "part_00009.tokens")
     dead.write_bytes(b"of a process that was killed")
     (folder / "part_00001.tokens").write_bytes(b"cut short")
     prepare_source(many, folder, SETTINGS, TOKENIZER, 1)

@@ -29,6 +29,7 @@ from titan.data.shard import Shard
 from titan.data.source import Source, open_source, source_files
 from titan.data.tokenizer import Tokenizer, build_tokenizer
 from titan.errors import DataError
+from titan.run_directory import remove_leftovers
 
 PART_BYTES = 16 << 20
 """Shards are taken together until they have so much; a change changes where every document is found."""
@@ -251,7 +252,7 @@ def _make_parts(
         part = read_part(folder, _part_name(index), [shard.name for shard in shards], tokenizer.n_tokens)
         if part is not None:
             done[index] = part
-    _remove_leftovers(folder)
+    remove_leftovers(folder, "part_*")
     todo = [index for index in range(len(plan)) if index not in done]
     left_bytes = sum(shard.size_bytes for index in todo for shard in plan[index])
     workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
@@ -391,19 +392,6 @@ def _end_with(parent: int) -> None:
 def _work(folder: Path, index: int, shards: list[Shard]) -> Part:
     assert _encoder is not None
     return _make_part(folder, index, shards, _encoder, lambda *count: _counts.put(count))
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a process of this machine left half-written that is no more."""
-    host = os.uname().nodename
-    for file in folder.glob(f".part_*.{host}.*.tmp"):
-        pid = file.name.removesuffix(".tmp").rpartition(".")[2]
-        try:
-            os.kill(int(pid), 0)
-        except (ValueError, ProcessLookupError):
-            file.unlink(missing_ok=True)
-        except PermissionError:
-            continue
 
 
 def _no_text(source: Source, skipped: dict[str, int]) -> str:

@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 
 from titan.errors import DataError
-from titan.run_directory import write_atomically
+from titan.run_directory import unique_temporary, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -236,8 +236,7 @@ class PartWriter:
         self.folder, self.name, self.shards = folder, name, shards
         self.dtype = token_dtype(vocab_size)
         suffixes = ["tokens", "documents", "blocks", *["learned"] * has_learned]
-        unique = f"{os.uname().nodename}.{os.getpid()}.tmp"
-        self._temporary = {suffix: folder / f".{name}.{suffix}.{unique}" for suffix in suffixes}
+        self._temporary = {suffix: unique_temporary(folder / f"{name}.{suffix}") for suffix in suffixes}
         self._files = {suffix: path.open("wb") for suffix, path in self._temporary.items()}
         self._digests = {suffix: xxhash.xxh3_128() for suffix in suffixes}
         self.tokens = self.documents = self.longest = 0

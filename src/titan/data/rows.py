@@ -25,7 +25,7 @@ from titan.data.packing import Segment, pack_best_fit, windows
 from titan.data.prepare import wait_for
 from titan.data.prepared import Prepared, TokenReader
 from titan.errors import DataError
-from titan.run_directory import write_atomically
+from titan.run_directory import remove_leftovers, unique_temporary, write_atomically
 
 __all__ = ["Piece", "Plan", "PreparedRows", "Row", "Rows", "Segment", "pack_best_fit", "plan_rows"]
 
@@ -185,8 +185,8 @@ def _is_plan(file: Path, digest: str) -> bool:
 def _write_plan(prepared: Prepared, seq_len: int, folder: Path) -> None:
     reader = TokenReader(prepared)
     rows = segments = positions = cut = begin = 0
-    unique = f"{os.uname().nodename}.{os.getpid()}.tmp"
-    temporary = {name: folder / f".{name}.{unique}" for name in ("segments", "rows")}
+    remove_leftovers(folder, "*")
+    temporary = {name: unique_temporary(folder / name) for name in ("segments", "rows")}
     try:
         with temporary["segments"].open("wb") as segments_file, temporary["rows"].open("wb") as rows_file:
             rows_file.write(np.zeros(1, "<u8").tobytes())
