@@ -80,7 +80,7 @@ def test_training_finds_what_was_prepared_into_the_cache(
     assert "trained on with  the same overrides" in capsys.readouterr().out
     data, tokenizer = make.load(sources)
     monkeypatch.setattr("titan.data.shard.Shard.read", lambda *_: pytest.fail("read again"))
-    preparation = make.Preparation(build_tokenizer(tokenizer), tokenizer, str(data.cache_dir), is_writer=False)
+    preparation = make.Preparation(build_tokenizer(tokenizer), str(data.cache_dir), is_writer=False)
     assert len(load_rows(data, 32, preparation)) > 100
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,15 @@ import pytest
 from titan.config.schema import BadDocuments, DataConfig, DataKind, TokenizerConfig, TokenizerKind
 from titan.data import file_source, prepare
 from titan.data.mixture import check_tokenizer
-from titan.data.prepare import Progress, cache_folder, find_or_prepare, prepare_source
+from titan.data.prepare import Preparation, Progress, cache_folder, find_or_prepare, prepare_source
 from titan.data.prepared import Prepared, find_damage, open_prepared, token_dtype
 from titan.data.shard import Document, Shard
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import DataError
 from titan.run_directory import unique_temporary
 
-SETTINGS = TokenizerConfig(kind=TokenizerKind.bytes)
-TOKENIZER = build_tokenizer(SETTINGS)
+TOKENIZER = build_tokenizer(TokenizerConfig(kind=TokenizerKind.bytes))
+Report = Callable[[str, Progress], None]
 TEXTS = ["first document", "zweites Dokument: ä", "x" * 1000]
 
 
@@ -38,7 +38,12 @@ def config(tmp_path: Path) -> DataConfig:
 
 def make(config: DataConfig, is_writer: bool = True, timeout_seconds: float = 0.3) -> Prepared:
     """Prepare with the tokenizer of bytes."""
-    return find_or_prepare(config, str(config.cache_dir), SETTINGS, TOKENIZER, is_writer, timeout_seconds, 1)
+    return find_or_prepare(config, Preparation(TOKENIZER, str(config.cache_dir), is_writer, timeout_seconds, 1))
+
+
+def make_in(folder: Path, config: DataConfig, workers: int = 1, report: Report | None = None) -> Prepared:
+    """Prepare into a folder with the tokenizer of bytes."""
+    return prepare_source(config, folder, Preparation(TOKENIZER, "", workers=workers, report=report))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -106,14 +111,14 @@ def test_any_number_of_processes_writes_the_same_bytes(many: DataConfig, monkeyp
     """One process or three, every file of the folder is the same."""
     monkeypatch.setattr(prepare, "_ALONE_BYTES", 0)
     folder = Path(str(many.cache_dir))
-    found = [prepare_source(many, folder / str(n), SETTINGS, TOKENIZER, n) for n in (1, 3)]
+    found = [make_in(folder / str(n), many, n) for n in (1, 3)]
     assert contents(found[0].path) == contents(found[1].path)
 
 
 def test_an_interruption_costs_what_was_not_done(many: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an end in the middle, whole parts are kept, half-written ones made anew, and the result is the same."""
     cache = Path(str(many.cache_dir))
-    undisturbed = contents(prepare_source(many, cache / "undisturbed", SETTINGS, TOKENIZER, 1).path)
+    undisturbed = contents(make_in(cache / "undisturbed", many).path)
     original, read = Shard.read, []
 
     def fail_at_last(self: Shard, start: int = 0) -> Iterator[Document]:
@@ -126,7 +131,7 @@ def test_an_interruption_costs_what_was_not_done(many: DataConfig, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(Shard, "read", fail_at_last)
         with pytest.raises(KeyboardInterrupt):
-            prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+            make_in(folder, many)
     assert not (folder / "manifest.json").exists()
     with pytest.raises(DataError, match="its preparation did not come to its end"):
         open_prepared(folder)
@@ -137,7 +142,7 @@ def test_an_interruption_costs_what_was_not_done(many: DataConfig, monkeypatch: 
         dead = unique_temporary(folder / "part_00009.tokens")
     dead.write_bytes(b"of a process that was killed")
     (folder / "part_00001.tokens").write_bytes(b"cut short")
-    prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+    make_in(folder, many)
     assert contents(folder) == undisturbed
     kept = {name for name, time_ns in done.items() if (folder / name).stat().st_mtime_ns == time_ns}
     assert kept == set(done) - {"part_00001.tokens"}
@@ -223,14 +228,14 @@ def test_a_folder_that_cannot_be_written_is_named(config: DataConfig, tmp_path: 
 def test_a_folder_with_other_data_is_left_alone(config: DataConfig, many: DataConfig, tmp_path: Path) -> None:
     """--to a folder of other data is refused, whether that is whole or was interrupted."""
     folder = tmp_path / "to"
-    prepare_source(config, folder, SETTINGS, TOKENIZER, 1)
+    make_in(folder, config)
     before = contents(folder)
     with pytest.raises(DataError, match=r"holds other data: data\.kind=jsonl"):
-        prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+        make_in(folder, many)
     assert contents(folder) == before
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match="holds a part of other data"):
-        prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+        make_in(folder, many)
 
 
 def test_a_damaged_manifest_is_refused(config: DataConfig) -> None:
@@ -297,7 +302,7 @@ def test_progress_is_told(many: DataConfig, monkeypatch: pytest.MonkeyPatch) -> 
     """Whoever waits hears how many documents and tokens are done, up to the last."""
     monkeypatch.setattr(prepare, "_REPORT_SECONDS", 0)
     heard: list[Progress] = []
-    prepared = prepare_source(many, Path(str(many.cache_dir)), SETTINGS, TOKENIZER, 1, heard.append)
+    prepared = make_in(Path(str(many.cache_dir)), many, report=lambda _, progress: heard.append(progress))
     assert (heard[-1].documents, heard[-1].tokens) == (prepared.documents, prepared.tokens)
     assert heard[0].seconds_left is None
     assert all(progress.seconds_left is not None for progress in heard[1:])

@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,21 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-Report = Callable[[Progress], None]
+@dataclass(frozen=True)
+class Preparation:
+    """What it takes to tokenise, in this process and in others."""
+
+    tokenizer: Tokenizer
+    cache_dir: str
+    """Where tokenised text is kept."""
+    is_writer: bool = True
+    """Whether this process makes what is missing; others wait."""
+    timeout_seconds: float = 600
+    """How long the others wait without a sign of life from the writer."""
+    workers: int | None = None
+    """Processes that tokenise; None is one for each core."""
+    report: Callable[[str, Progress], None] | None = None
+    """Is told now and then of which component how much is done."""
 
 
 def source_identity(config: SourceConfig, tokenizer: str) -> str:
@@ -99,28 +114,20 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Enum) else value for name, value in values.items()}
 
 
-def prepare_source(
-    config: SourceConfig,
-    folder: Path,
-    tokenizer_config: TokenizerConfig,
-    tokenizer: Tokenizer,
-    workers: int | None = None,
-    report: Report | None = None,
-) -> Prepared:
+def prepare_source(config: SourceConfig, folder: Path, preparation: Preparation, name: str = "") -> Prepared:
     """Return the tokenised documents of a source, made now as far as they are not there.
 
     Args:
         config: The documents.
         folder: Where they are kept.
-        tokenizer_config: What other processes build the tokenizer from.
-        tokenizer: The same, built.
-        workers: Processes that tokenise; None is one for each core.
-        report: Is told how far the work is, now and then.
+        preparation: What with.
+        name: What they are called in a mixture.
 
     Raises:
         DataError: If a document is bad (see `Shard`), if there is no text at all, if the folder holds something else or
             cannot be written, or if a process dies.
     """
+    tokenizer = preparation.tokenizer
     identity = source_identity(config, tokenizer.fingerprint)
     if (folder / MANIFEST).exists():
         found = open_prepared(folder)
@@ -135,7 +142,7 @@ def prepare_source(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, identity)
-        parts = _make_parts(source, folder, tokenizer_config, tokenizer, workers, report)
+        parts = _make_parts(source, folder, preparation, name)
         prepared = Prepared(folder, tokenizer.fingerprint, tokenizer.n_tokens, describe_source(config), identity, parts)
         if not prepared.documents:
             raise DataError(_no_text(source, prepared.skipped))
@@ -148,35 +155,21 @@ def prepare_source(
     return prepared
 
 
-def find_or_prepare(
-    config: SourceConfig,
-    cache_dir: str,
-    tokenizer_config: TokenizerConfig,
-    tokenizer: Tokenizer,
-    is_writer: bool,
-    timeout_seconds: float,
-    workers: int | None = None,
-    report: Report | None = None,
-) -> Prepared:
+def find_or_prepare(config: SourceConfig, preparation: Preparation, name: str = "") -> Prepared:
     """Return the tokenised documents of a source from the cache, made now where they are missing.
 
     Args:
         config: The documents.
-        cache_dir: Where tokenised text is kept.
-        tokenizer_config: What other processes build the tokenizer from.
-        tokenizer: The same, built.
-        is_writer: Whether this process makes what is missing; others wait.
-        timeout_seconds: How long the others wait without a sign of life from the writer.
-        workers: Processes that tokenise; None is one for each core.
-        report: Is told how far the work is, now and then.
+        preparation: What with, and whether here.
+        name: What they are called in a mixture.
 
     Raises:
         DataError: As `prepare_source`; or if the wait is in vain.
     """
-    folder = cache_folder(config, cache_dir, tokenizer.fingerprint)
-    if is_writer:
-        return prepare_source(config, folder, tokenizer_config, tokenizer, workers, report)
-    wait_for((folder / MANIFEST).exists, folder, timeout_seconds)
+    folder = cache_folder(config, preparation.cache_dir, preparation.tokenizer.fingerprint)
+    if preparation.is_writer:
+        return prepare_source(config, folder, preparation, name)
+    wait_for((folder / MANIFEST).exists, folder, preparation.timeout_seconds)
     return open_prepared(folder)
 
 
@@ -238,15 +231,8 @@ def _claim(folder: Path, identity: str) -> None:
     note.write_text(identity + "\n")
 
 
-def _make_parts(
-    source: Source,
-    folder: Path,
-    tokenizer_config: TokenizerConfig,
-    tokenizer: Tokenizer,
-    workers: int | None,
-    report: Report | None,
-) -> list[Part]:
-    plan = plan_parts(source.shards)
+def _make_parts(source: Source, folder: Path, preparation: Preparation, name: str) -> list[Part]:
+    tokenizer, plan = preparation.tokenizer, plan_parts(source.shards)
     done: dict[int, Part] = {}
     for index, shards in enumerate(plan):
         part = read_part(folder, _part_name(index), [shard.name for shard in shards], tokenizer.n_tokens)
@@ -255,7 +241,8 @@ def _make_parts(
     remove_leftovers(folder, "part_*")
     todo = [index for index in range(len(plan)) if index not in done]
     left_bytes = sum(shard.size_bytes for index in todo for shard in plan[index])
-    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    workers = min(preparation.workers or len(os.sched_getaffinity(0)), len(todo))
+    report = None if preparation.report is None else partial(preparation.report, name)
     meter = _Meter(report, done.values(), left_bytes)
     encoder = Encoder(tokenizer, source.config)
     if workers <= 1 or left_bytes < _ALONE_BYTES:
@@ -263,7 +250,7 @@ def _make_parts(
             done[index] = _make_part(folder, index, plan[index], encoder, meter.count)
             meter.finished(sum(shard.size_bytes for shard in plan[index]))
     else:
-        for index, part in _in_processes(folder, plan, todo, tokenizer_config, source.config, workers, meter):
+        for index, part in _in_processes(folder, plan, todo, tokenizer.config, source.config, workers, meter):
             done[index] = part
             meter.finished(sum(shard.size_bytes for shard in plan[index]))
     return [done[index] for index in range(len(plan))]
@@ -306,7 +293,7 @@ def _make_part(
 class _Meter:
     """Counts what is done, and says so every few seconds."""
 
-    def __init__(self, report: Report | None, done: Any, left_bytes: int) -> None:
+    def __init__(self, report: Callable[[Progress], None] | None, done: Any, left_bytes: int) -> None:
         self._report, self._left, self._bytes = report, left_bytes, 0
         self._documents = sum(part.documents for part in done)
         self._before = self._tokens = sum(part.tokens for part in done)

@@ -16,7 +16,8 @@ from titan.checkpoint.manifest import committed_steps, step_folder
 from titan.config.load import load_config
 from titan.config.schema import DataConfig, DataKind, SourceConfig, TitanConfig
 from titan.data.digest import step_digest
-from titan.data.mixture import Preparation, load_rows
+from titan.data.mixture import load_rows
+from titan.data.prepare import Preparation
 from titan.data.rows import Rows
 from titan.data.shard import Shard
 from titan.data.source import open_source
@@ -61,7 +62,7 @@ def main(arguments: list[str]) -> bool:
 def load_run_rows(config: TitanConfig, tokenizer: Tokenizer) -> Rows:
     """Return the rows of a run from its frozen config, tokenised again if they are no longer there."""
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
-    preparation = Preparation(tokenizer, config.tokenizer, config.data.cache_dir, workers=config.data.prepare_workers)
+    preparation = Preparation(tokenizer, config.data.cache_dir, workers=config.data.prepare_workers)
     return load_rows(config.data, config.training.seq_len, preparation, config.data.packing, config.data.mask_documents)
 
 

@@ -54,8 +54,7 @@ def open_all(path: Path) -> dict[str, Prepared]:
     Raises:
         DataError: If it was not prepared, or is damaged.
     """
-    found = open_folder(path)
-    return {"": found} if isinstance(found, Prepared) else {name: part for name, (part, _) in found.items()}
+    return {name: part for name, (part, _) in open_folder(path).items()}
 
 
 def _lines(prepared: Prepared) -> list[str]:
