@@ -188,6 +188,21 @@ def test_what_cannot_be_read_is_said_before_anything_starts(name: str) -> None:
     assert words in str(caught.value)
 
 
+def test_a_component_that_is_prepared_already_is_not_copied(
+    tmp_path: Path, sources: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--to refuses it before anything is made, and says what to type; without --to it is mixed from where it is."""
+    done, to = tmp_path / "done", tmp_path / "to"
+    make.main(["data=text", f"data.path={tmp_path}/b", f"data.cache_dir={tmp_path}/cache", "--to", str(done)])
+    mixed = [*sources, f"+data.components.old={{kind:prepared,path:{done},weight:1}}"]
+    with pytest.raises(ConfigError, match=r"data\.components\.old\.kind = prepared(.|\n)*Try  the same without --to"):
+        make.main([*mixed, "--to", str(to)])
+    assert not to.exists()
+    assert make.main(mixed)
+    assert f"old: 1 part in {done}" in capsys.readouterr().out
+    assert make.main([*mixed, "data.components.old.weight=0", "--to", str(to)])
+
+
 def test_an_index_from_another_tokenizer_is_refused_before_the_start(tmp_path: Path, sources: list[str]) -> None:
     """With the fingerprint in the config, the mistake is found without starting anything."""
     to = tmp_path / "to"

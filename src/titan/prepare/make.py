@@ -22,7 +22,7 @@ from titan.launch.environment import current_machine
 def main(arguments: list[str]) -> bool:
     """Run the command line; returns True, for what was asked is there."""
     given = build_parser().parse_intermixed_args(arguments)
-    config, tokenizer_config = load(given.overrides, given.config_dir)
+    config, tokenizer_config = load(given.overrides, given.config_dir, is_copied=given.to is not None)
     assert config.cache_dir is not None, "resolved"
     preparation = Preparation(
         build_tokenizer(tokenizer_config), config.cache_dir, workers=config.prepare_workers, report=_report
@@ -51,8 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
     return command
 
 
-def load(overrides: list[str], config_dir: str | None = None) -> tuple[DataConfig, TokenizerConfig]:
+def load(
+    overrides: list[str], config_dir: str | None = None, is_copied: bool = False
+) -> tuple[DataConfig, TokenizerConfig]:
     """Compose and check what concerns the data.
+
+    Args:
+        overrides: Of the command line.
+        config_dir: A folder of config groups of the user's own.
+        is_copied: Whether all is to be in one folder of its own.
 
     Raises:
         ConfigError: With all problems found.
@@ -64,6 +71,17 @@ def load(overrides: list[str], config_dir: str | None = None) -> tuple[DataConfi
         problems.append(
             Problem("data=prepared is prepared already", suggestion=f"python -m titan.prepare show {data.path}")
         )
+    if is_copied and data.kind is DataKind.mixture:
+        problems += [
+            Problem(
+                f"data.components.{name}.kind = prepared is prepared already, and --to tokenises all of a mixture",
+                f"What is in {component.path} is neither made again nor copied.",
+                "the same without --to   which prepares the others into data.cache_dir, where a run with the same "
+                "overrides finds them",
+            )
+            for name, component in components_of(data).items()
+            if component.kind is DataKind.prepared
+        ]
     if problems:
         raise ConfigError(problems)
     return data, config.tokenizer
