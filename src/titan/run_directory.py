@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from titan.log import logger
 
@@ -278,10 +278,16 @@ def _process_space() -> str:
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file, and return when the disk has it."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file:
+        file.write(text.encode())
+        close_synced(file)
+
+
+def close_synced(file: BinaryIO) -> None:
+    """Close a file that was written to, and return when the disk has it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def short_path(path: Path) -> str:
