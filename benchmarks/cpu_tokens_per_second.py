@@ -222,11 +222,12 @@ def report(machine: dict[str, Any], turns: list[Turn], disturbed: list[Turn], ar
 def _read_batches(frozen: Path, steps: int) -> list[Any]:
     # the very rows that titan's side trains on, in the same order
     from titan.data.loader import collate
-    from titan.data.mixture import Preparation, load_rows
+    from titan.data.mixture import load_rows
+    from titan.data.prepare import Preparation
     from titan.data.tokenizer import build_tokenizer
 
     config = load_config(frozen)
-    preparation = Preparation(build_tokenizer(config.tokenizer), config.tokenizer, config.data.cache_dir or "")
+    preparation = Preparation(build_tokenizer(config.tokenizer), config.data.cache_dir or "")
     rows = load_rows(config.data, SEQ_LEN, preparation)
     order = rows.order(ROWS, config.training.seed)
     batches = [collate(rows.read(order.rows_of_step(step))) for step in range(steps)]

@@ -105,15 +105,14 @@ def write_tokens(folder: Path, tokens: int) -> None:
 def prepare_by_titan(folder: Path, seq_len: int) -> dict[str, float]:
     """Tokenise as titan.prepare does."""
     from titan.config.schema import DataConfig, DataKind
-    from titan.data.prepare import prepare_source
+    from titan.data.prepare import Preparation, prepare_source
     from titan.data.tokenizer import build_tokenizer
 
-    settings = tokenizer_config(folder)
-    tokenizer = build_tokenizer(settings)
+    preparation = Preparation(build_tokenizer(tokenizer_config(folder)), str(folder), workers=PROCESSES)
     config = DataConfig(kind=DataKind.jsonl, path=str(folder / "texts.jsonl"))
     with tempfile.TemporaryDirectory(dir=folder) as out:
         began = time.perf_counter()
-        prepared = prepare_source(config, Path(out) / "to", settings, tokenizer, PROCESSES)
+        prepared = prepare_source(config, Path(out) / "to", preparation)
         return {"tokens_per_second": prepared.tokens / (time.perf_counter() - began)}
 
 

@@ -80,7 +80,7 @@ def test_training_finds_what_was_prepared_into_the_cache(
     assert "trained on with  the same overrides" in capsys.readouterr().out
     data, tokenizer = make.load(sources)
     monkeypatch.setattr("titan.data.shard.Shard.read", lambda *_: pytest.fail("read again"))
-    preparation = make.Preparation(build_tokenizer(tokenizer), tokenizer, str(data.cache_dir), is_writer=False)
+    preparation = make.Preparation(build_tokenizer(tokenizer), str(data.cache_dir), is_writer=False)
     assert len(load_rows(data, 32, preparation)) > 100
 
 
@@ -186,6 +186,21 @@ def test_what_cannot_be_read_is_said_before_anything_starts(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_config(compose(overrides), Machine())
     assert words in str(caught.value)
+
+
+def test_a_component_that_is_prepared_already_is_not_copied(
+    tmp_path: Path, sources: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--to refuses it before anything is made, and says what to type; without --to it is mixed from where it is."""
+    done, to = tmp_path / "done", tmp_path / "to"
+    make.main(["data=text", f"data.path={tmp_path}/b", f"data.cache_dir={tmp_path}/cache", "--to", str(done)])
+    mixed = [*sources, f"+data.components.old={{kind:prepared,path:{done},weight:1}}"]
+    with pytest.raises(ConfigError, match=r"data\.components\.old\.kind = prepared(.|\n)*Try  the same without --to"):
+        make.main([*mixed, "--to", str(to)])
+    assert not to.exists()
+    assert make.main(mixed)
+    assert f"old: 1 part in {done}" in capsys.readouterr().out
+    assert make.main([*mixed, "data.components.old.weight=0", "--to", str(to)])
 
 
 def test_an_index_from_another_tokenizer_is_refused_before_the_start(tmp_path: Path, sources: list[str]) -> None:

@@ -88,3 +88,47 @@ def test_the_config_of_a_live_run_is_not_changed(runs: Runs) -> None:
 def runs(tmp_path: Path, text_file: Path, cache: Path) -> Runs:
     """Runs in an empty folder."""
     return Runs(tmp_path, text_file, cache)
+
+
+def test_containers_with_one_pid_write_apart_from_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared disk, processes of one number and one host name never write to each other's temporary file."""
+    path, original = tmp_path / "status.json", run_directory.write_synced
+
+    def interrupted(temporary: Path, text: str) -> None:
+        original(temporary, text)
+        if text == "first":  # meanwhile, elsewhere
+            run_directory.write_atomically(path, "second")
+            assert path.read_text() == "second"
+
+    monkeypatch.setattr(run_directory, "write_synced", interrupted)
+    run_directory.write_atomically(path, "first")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attempt has another name, and would fill a full disk further."""
+
+    def full(path: Path, text: str) -> None:
+        path.write_text(text[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory, "write_synced", full)
+    RunDirectory(tmp_path).write_status("running")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_nobody_writes_any_more_is_a_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is gone leaves its files to be removed at once, one of another container only after a day."""
+    mine = run_directory.unique_temporary(tmp_path / "part_0.tokens")
+    monkeypatch.setattr(run_directory.os, "getpid", lambda: 999_999_999)
+    dead = run_directory.unique_temporary(tmp_path / "part_0.tokens")
+    monkeypatch.setattr(run_directory, "_process_space", lambda: "elsewhere")
+    foreign, old = (run_directory.unique_temporary(tmp_path / "part_0.tokens") for _ in range(2))
+    monkeypatch.undo()
+    other = tmp_path / ".notes.tmp"
+    for path in (mine, dead, foreign, old, other):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    run_directory.remove_leftovers(tmp_path, "part_*")
+    assert sorted(tmp_path.iterdir()) == sorted([mine, foreign, other])

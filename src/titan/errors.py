@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as a shell reports it."""
@@ -63,6 +64,9 @@ class ConfigError(TitanError):
         count = len(self.problems)
         title = "1 problem in the composed config" if count == 1 else f"{count} problems in the composed config"
         super().__init__(title + "\n\n" + "\n\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)  # from a process that tokenises, or reads ahead
 
 
 class CommandError(TitanError):

@@ -20,15 +20,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from titan.log import logger
+
+_LEFT_SECONDS = 86400.0
+"""A file that is being written is written to more often than this."""
 
 
 def utc_now() -> str:
@@ -214,17 +221,73 @@ def read_objects(lines: Iterable[str]) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write_synced(temporary, text)  # or the rename may outlive the text, if the power goes
-    os.replace(temporary, path)
+    temporary = unique_temporary(path)
+    try:
+        write_synced(temporary, text)  # or the rename may outlive the text, if the power goes
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # each has another name, and a disk that is full would get fuller
+        raise
+
+
+def unique_temporary(path: Path) -> Path:
+    """Return a name beside a file that nobody else writes to: no thread, no process, no other machine or container.
+
+    It says who writes, for `remove_leftovers`.
+    """
+    owner = f"{os.uname().nodename}.{_process_space()}.{os.getpid()}.{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{owner}.tmp")
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove what a process that is no more has left under a name of `unique_temporary`.
+
+    Whether a process of another machine or container still is cannot be known: what it has left stays until it has not
+    been written to for a day.
+
+    Args:
+        folder: Where to look.
+        pattern: The names of the files that were to be written, as for `glob`.
+    """
+    for file in folder.glob(f".{pattern}.*.tmp"):
+        space, pid = file.name.split(".")[-4:-2]
+        with contextlib.suppress(OSError):
+            is_here = space == _process_space() and pid.isdigit()
+            if _is_gone(int(pid)) if is_here else time.time() - file.stat().st_mtime > _LEFT_SECONDS:
+                file.unlink()
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+@functools.cache
+def _process_space() -> str:
+    """Return what machines and containers differ in that number their processes apart from each other."""
+    told = os.uname().nodename
+    with contextlib.suppress(OSError):  # no Linux
+        told += Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
 
 
 def write_synced(path: Path, text: str) -> None:
     """Write a file, and return when the disk has it."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file:
+        file.write(text.encode())
+        close_synced(file)
+
+
+def close_synced(file: BinaryIO) -> None:
+    """Close a file that was written to, and return when the disk has it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def short_path(path: Path) -> str:

@@ -20,7 +20,8 @@ from titan.config.schema import (
 from titan.data.batch import IGNORED_LABEL
 from titan.data.feed import build_stream_feed, open_streams
 from titan.data.loader import Share
-from titan.data.mixture import Preparation, load_rows
+from titan.data.mixture import load_rows
+from titan.data.prepare import Preparation
 from titan.data.rows import Row
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import DataError
@@ -55,7 +56,7 @@ def config_of(folder: Path, records: list[object], **options: object) -> DataCon
 
 def prepared_rows(config: DataConfig) -> Row:
     """Return all rows, tokenised before."""
-    preparation = Preparation(TOKENIZER, SETTINGS, str(config.cache_dir), workers=1)
+    preparation = Preparation(TOKENIZER, str(config.cache_dir), workers=1)
     rows = load_rows(config, SEQ_LEN, preparation, config.packing, config.mask_documents)
     return rows.read(range(len(rows)))
 
@@ -123,7 +124,7 @@ def test_a_bad_conversation_is_named_or_counted(tmp_path: Path, name: str, is_st
 def test_what_is_left_out_is_in_the_account(tmp_path: Path) -> None:
     """The manifest counts the documents that are there, and the reasons of those that are not."""
     config = config_of(tmp_path, [conversation(0), BAD["nobody answers"][0]], bad_documents=BadDocuments.skip)
-    preparation = Preparation(TOKENIZER, SETTINGS, str(config.cache_dir), workers=1)
+    preparation = Preparation(TOKENIZER, str(config.cache_dir), workers=1)
     rows = load_rows(config, SEQ_LEN, preparation, config.packing, config.mask_documents)
     assert rows.text_bytes == len("question 0?answer 0")
     assert "left out 1 document: no assistant turn" in rows.describe()

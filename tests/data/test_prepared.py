@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
+import pickle
+import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from titan.config.schema import BadDocuments, DataConfig, DataKind, TokenizerConfig, TokenizerKind
+from titan.config.schema import BadDocuments, DataConfig, DataKind, SourceConfig, TokenizerConfig, TokenizerKind
 from titan.data import file_source, prepare
 from titan.data.mixture import check_tokenizer
-from titan.data.prepare import Progress, cache_folder, find_or_prepare, prepare_source
-from titan.data.prepared import Prepared, find_damage, open_prepared, token_dtype
+from titan.data.prepare import Preparation, Progress, cache_folder, find_or_prepare, prepare_source
+from titan.data.prepared import Part, PartWriter, Prepared, find_damage, open_prepared, token_dtype
+from titan.data.rows import plan_rows
 from titan.data.shard import Document, Shard
+from titan.data.source import Source
 from titan.data.tokenizer import build_tokenizer
-from titan.errors import DataError
+from titan.errors import ConfigError, DataError
+from titan.run_directory import unique_temporary
 
-SETTINGS = TokenizerConfig(kind=TokenizerKind.bytes)
-TOKENIZER = build_tokenizer(SETTINGS)
+TOKENIZER = build_tokenizer(TokenizerConfig(kind=TokenizerKind.bytes))
+Report = Callable[[str, Progress], None]
 TEXTS = ["first document", "zweites Dokument: ä", "x" * 1000]
 
 
@@ -37,7 +43,12 @@ def config(tmp_path: Path) -> DataConfig:
 
 def make(config: DataConfig, is_writer: bool = True, timeout_seconds: float = 0.3) -> Prepared:
     """Prepare with the tokenizer of bytes."""
-    return find_or_prepare(config, str(config.cache_dir), SETTINGS, TOKENIZER, is_writer, timeout_seconds, 1)
+    return find_or_prepare(config, Preparation(TOKENIZER, str(config.cache_dir), is_writer, timeout_seconds, 1))
+
+
+def make_in(folder: Path, config: DataConfig, workers: int = 1, report: Report | None = None) -> Prepared:
+    """Prepare into a folder with the tokenizer of bytes."""
+    return prepare_source(config, folder, Preparation(TOKENIZER, "", workers=workers, report=report))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -105,14 +116,14 @@ def test_any_number_of_processes_writes_the_same_bytes(many: DataConfig, monkeyp
     """One process or three, every file of the folder is the same."""
     monkeypatch.setattr(prepare, "_ALONE_BYTES", 0)
     folder = Path(str(many.cache_dir))
-    found = [prepare_source(many, folder / str(n), SETTINGS, TOKENIZER, n) for n in (1, 3)]
+    found = [make_in(folder / str(n), many, n) for n in (1, 3)]
     assert contents(found[0].path) == contents(found[1].path)
 
 
 def test_an_interruption_costs_what_was_not_done(many: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an end in the middle, whole parts are kept, half-written ones made anew, and the result is the same."""
     cache = Path(str(many.cache_dir))
-    undisturbed = contents(prepare_source(many, cache / "undisturbed", SETTINGS, TOKENIZER, 1).path)
+    undisturbed = contents(make_in(cache / "undisturbed", many).path)
     original, read = Shard.read, []
 
     def fail_at_last(self: Shard, start: int = 0) -> Iterator[Document]:
@@ -125,16 +136,18 @@ def test_an_interruption_costs_what_was_not_done(many: DataConfig, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr(Shard, "read", fail_at_last)
         with pytest.raises(KeyboardInterrupt):
-            prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+            make_in(folder, many)
     assert not (folder / "manifest.json").exists()
     with pytest.raises(DataError, match="its preparation did not come to its end"):
         open_prepared(folder)
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("part_*.tokens")}
     assert len(done) >= 2
-    dead = folder / f".part_00009.tokens.{os.uname().nodename}.999999999.tmp"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 999_999_999)
+        dead = unique_temporary(folder / "part_00009.tokens")
     dead.write_bytes(b"of a process that was killed")
     (folder / "part_00001.tokens").write_bytes(b"cut short")
-    prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+    make_in(folder, many)
     assert contents(folder) == undisturbed
     kept = {name for name, time_ns in done.items() if (folder / name).stat().st_mtime_ns == time_ns}
     assert kept == set(done) - {"part_00001.tokens"}
@@ -220,14 +233,14 @@ def test_a_folder_that_cannot_be_written_is_named(config: DataConfig, tmp_path: 
 def test_a_folder_with_other_data_is_left_alone(config: DataConfig, many: DataConfig, tmp_path: Path) -> None:
     """--to a folder of other data is refused, whether that is whole or was interrupted."""
     folder = tmp_path / "to"
-    prepare_source(config, folder, SETTINGS, TOKENIZER, 1)
+    make_in(folder, config)
     before = contents(folder)
     with pytest.raises(DataError, match=r"holds other data: data\.kind=jsonl"):
-        prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+        make_in(folder, many)
     assert contents(folder) == before
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match="holds a part of other data"):
-        prepare_source(many, folder, SETTINGS, TOKENIZER, 1)
+        make_in(folder, many)
 
 
 def test_a_damaged_manifest_is_refused(config: DataConfig) -> None:
@@ -294,7 +307,7 @@ def test_progress_is_told(many: DataConfig, monkeypatch: pytest.MonkeyPatch) -> 
     """Whoever waits hears how many documents and tokens are done, up to the last."""
     monkeypatch.setattr(prepare, "_REPORT_SECONDS", 0)
     heard: list[Progress] = []
-    prepared = prepare_source(many, Path(str(many.cache_dir)), SETTINGS, TOKENIZER, 1, heard.append)
+    prepared = make_in(Path(str(many.cache_dir)), many, report=lambda _, progress: heard.append(progress))
     assert (heard[-1].documents, heard[-1].tokens) == (prepared.documents, prepared.tokens)
     assert heard[0].seconds_left is None
     assert all(progress.seconds_left is not None for progress in heard[1:])
@@ -305,3 +318,180 @@ def test_tokens_are_stored_in_the_smallest_type_that_holds_them() -> None:
     assert token_dtype(258) is np.uint16
     assert token_dtype(65_536) is np.uint16
     assert token_dtype(65_537) is np.uint32
+
+
+def test_parts_that_another_machine_has_made_are_not_made_again(
+    many: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before one begins, they are taken; found when one has ended, its own is given up, and no file changes."""
+    folder, original = Path(str(many.cache_dir)) / "shared", prepare._make_part
+    elsewhere = make_in(folder.with_name("elsewhere"), many)
+    made: list[int] = []
+
+    def make_part(folder: Path, index: int, *given) -> Part:
+        if index == 0:  # the other machine makes all but the last, and this one while it is at it
+            for file in elsewhere.path.glob("part_*"):
+                if elsewhere.parts[-1].name not in file.name:
+                    shutil.copy(file, folder)
+            part = elsewhere.parts[0]
+            (folder / f"{part.name}.json").rename(folder / "hidden")
+            monkeypatch.setattr(PartWriter, "finish", finish)
+        return original(folder, index, *given)
+
+    def finish(writer: PartWriter, text_bytes: int, skipped: dict[str, int]) -> Part:
+        if (folder / "hidden").exists():
+            (folder / "hidden").rename(folder / f"{writer.name}.json")
+            before.update({file.name: file.stat().st_ino for file in folder.glob("part_*")})
+        made.append(int(writer.name[-5:]))
+        return original_finish(writer, text_bytes, skipped)
+
+    before: dict[str, int] = {}
+    original_finish = PartWriter.finish
+    monkeypatch.setattr(prepare, "_make_part", make_part)
+    heard: list[Progress] = []
+    monkeypatch.setattr(prepare, "_REPORT_SECONDS", 0)
+    prepared = make_in(folder, many, report=lambda _, progress: heard.append(progress))
+    assert made == [0, len(elsewhere.parts) - 1]
+    assert {name: (folder / name).stat().st_ino for name in before} == before
+    assert contents(folder) == contents(elsewhere.path)
+    assert heard[-1].documents == prepared.documents
+
+
+def test_machines_at_the_same_folder_choose_other_parts(tmp_path: Path) -> None:
+    """Alone, parts are made in their order; beside another in any order; each once."""
+    with prepare.sign_of_life(tmp_path):
+        assert list(prepare._in_turn(list(range(200)), tmp_path)) == list(range(200))
+        with prepare.sign_of_life(tmp_path):
+            orders = [list(prepare._in_turn(list(range(200)), tmp_path)) for _ in range(2)]
+    assert all(sorted(order) == list(range(200)) for order in orders)
+    assert orders[0] != orders[1]
+    assert not (tmp_path / ".writers").exists()
+
+
+def test_a_manifest_that_is_there_is_not_replaced(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine that comes second leaves what others read by now."""
+    first = make(config)
+    file = first.path / "manifest.json"
+    text, number = file.read_text(), file.stat().st_ino
+    hidden = file.rename(file.with_name("hidden"))
+    original = prepare._make_parts
+
+    def make_parts(*given) -> list[Part]:
+        found = original(*given)
+        hidden.rename(file)
+        return found
+
+    monkeypatch.setattr(prepare, "_make_parts", make_parts)
+    assert make(config) == first
+    assert (file.read_text(), file.stat().st_ino) == (text, number)
+
+
+def test_those_that_wait_see_that_the_writer_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before there is anything of the data, as while a dataset is fetched; and nothing of the sign stays."""
+    monkeypatch.setattr(prepare, "_BEAT_SECONDS", 0.05)
+    folder, began = tmp_path / "not there yet", time.monotonic()
+    with prepare.sign_of_life(folder):
+        prepare.wait_for(lambda: time.monotonic() - began > 2, folder, timeout_seconds=1)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(DataError, match=r"no sign of life(.|\n)*data\.cache_dir"):
+        prepare.wait_for(lambda: False, folder, timeout_seconds=0.2)
+
+
+def test_the_sign_of_life_is_there_while_a_source_is_opened(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset is fetched when it is opened, which takes longer than anyone would wait."""
+    original, found = prepare.open_source, []
+
+    def open_slowly(config: SourceConfig) -> Source:
+        found.extend(cache.rglob(".writers/*"))
+        return original(config)
+
+    cache = Path(str(config.cache_dir))
+    monkeypatch.setattr(prepare, "open_source", open_slowly)
+    prepared = make(config)
+    assert len(found) == 1
+    assert not (prepared.path / ".writers").exists()
+
+
+def test_the_disk_has_a_file_before_it_has_its_name(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a part that says it is whole would outlive its tokens, if the power goes."""
+    synced: set[int] = set()
+    fsync, replace = os.fsync, os.replace
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def check(source: Path, target: Path) -> None:
+        assert source.stat().st_ino in synced, target
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    prepared = make(config)
+    plan_rows(prepared, 64, None)
+    assert len(synced) >= 3 + 1 + 2 + 2
+
+
+def test_a_source_that_vanishes_is_named(many: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read is told as that, with its name, not as a folder that cannot be written."""
+    original = prepare._make_part
+
+    def make_part(folder: Path, index: int, *given) -> Part:
+        if index == 1:
+            (Path(str(many.path)) / "big.jsonl").unlink()
+        return original(folder, index, *given)
+
+    monkeypatch.setattr(prepare, "_make_part", make_part)
+    with pytest.raises(DataError, match=r"big\.jsonl.*No such file") as caught:
+        make(many)
+    assert "written" not in str(caught.value)
+
+
+def test_a_shard_that_raises_is_named(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the disk in the middle of a file says which file, whatever reads it."""
+
+    def fail(self: Shard, start: int = 0) -> Iterator[Document]:
+        yield Document("fine", 0)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Shard, "read", fail)
+    with pytest.raises(DataError, match=r"data\.jsonl cannot be read: Input/output error"):
+        make(config)
+
+
+def test_a_disk_that_is_full_is_told_as_that(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a part is written, with what to type, and nothing half-written stays."""
+
+    def full(*given) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(PartWriter, "_write", full)
+    with pytest.raises(DataError, match=r"cannot be written: No space left(.|\n)*Try  data\.cache_dir="):
+        make(config)
+    assert not list(Path(str(config.cache_dir)).rglob("*.tmp"))
+
+
+def test_a_process_without_its_tokenizer_says_so(config: DataConfig, tmp_path: Path) -> None:
+    """What is wrong in a process that tokenises arrives as it is, with its exit code; it would have broken the pool."""
+    missing = TokenizerConfig(kind=TokenizerKind.huggingface, path=str(tmp_path / "gone"))
+    prepare._make_ready(missing, config, None)
+    with pytest.raises(ConfigError, match="gone") as caught:
+        prepare._work(tmp_path, 0, [])
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert again.problems == caught.value.problems
+
+
+def test_a_disk_that_goes_away_is_told(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while tokens are read, as a shared disk gives for a file that was replaced, names the file."""
+    reader = make(config).open()
+    reader[:1]
+
+    def stale(*given) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "preadv", stale)
+    with pytest.raises(DataError, match=r"part_00000\.tokens cannot be read: Stale file handle\n  See that"):
+        reader[:1]

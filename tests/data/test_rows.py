@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import pickle
+import resource
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from titan.data import open_files
 from titan.data.batch import IGNORED_LABEL
 from titan.data.packing import pack_best_fit
 from titan.data.prepared import BLOCK_TOKENS, PartWriter, Prepared, open_prepared, write_manifest
-from titan.data.rows import PreparedRows, plan_rows
+from titan.data.rows import PreparedRows, find_plan_damage, plan_rows
 from titan.errors import DataError
+from titan.prepare import show
 
 PADDING = 999
 LENGTHS = [[3, 40, 2, 9000, 7], [], [5, 5, 5, 5], [4096, 4096, 1, 2, 300]]
@@ -154,3 +161,114 @@ def test_a_plan_is_made_once_and_made_anew_for_other_data(tmp_path: Path) -> Non
     assert len(PreparedRows(prepared, 64, PADDING, plan).segments_of(0)) >= 1
     with pytest.raises(DataError, match="waited 0 s"):
         plan_rows(replace(prepared, parts=prepared.parts[:1]), 64, None, is_writer=False, timeout_seconds=0.2)
+
+
+@pytest.mark.parametrize("name", ["segments", "rows", "plan.json"])
+def test_a_plan_of_other_bytes_is_found_by_its_checksum(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verify reads the plans beside the data too, and names the file; a whole plan is sound."""
+    prepared = build(tmp_path)
+    plan = plan_rows(prepared, 64, None)
+    assert list(find_plan_damage(prepared)) == []
+    file = plan.folder / name
+    content = file.read_bytes()
+    changes = {
+        "segments": content[24:36] + content[12:],
+        "rows": content[:8] + b"\7" + content[9:],
+        "plan.json": content.replace(b'"cut_documents": 4', b'"cut_documents": 5'),
+    }
+    file.write_bytes(changes[name])
+    assert len(file.read_bytes()) == len(content)
+    assert file.read_bytes() != content
+    (told,) = find_plan_damage(prepared)
+    assert told.startswith(f"{plan.folder if name == 'plan.json' else file} is damaged")
+    assert not show.verify_main([str(tmp_path)])
+    assert str(plan.folder) in capsys.readouterr().out
+    if name == "plan.json":  # which is found at opening
+        assert plan_rows(prepared, 64, None) == plan
+        assert list(find_plan_damage(prepared)) == []
+
+
+def test_a_plan_that_goes_bad_while_it_is_read_names_itself(tmp_path: Path) -> None:
+    """Cut short, of numbers that cannot be, or gone: an error with the file and what to do, never other rows."""
+    prepared = build(tmp_path)
+    plan = plan_rows(prepared, 64, None)
+    rows = PreparedRows(prepared, 64, PADDING, plan)
+    files = {name: plan.folder / name for name in ("segments", "rows")}
+    content = {name: file.read_bytes() for name, file in files.items()}
+    for name, damaged, words in (
+        ("segments", b"", "ends before entry"),
+        ("rows", content["rows"][:20], "ends before entry"),
+        ("rows", b"\xff" * len(content["rows"]), "row 5 cannot be"),
+        ("segments", b"\xff" * len(content["segments"]), "row 5 cannot be"),
+    ):
+        files[name].write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"rows_64.*{words}(.|\n)*Delete .*rows_64: the next run makes it anew"):
+            rows.read([5])
+        files[name].write_bytes(content[name])
+    rows.read([5])
+    gone = PreparedRows(prepared, 64, PADDING, plan)
+    shutil.rmtree(plan.folder)
+    with pytest.raises(DataError, match=r"rows_64/rows cannot be read: No such file(.|\n)*makes it anew"):
+        gone.read([5])
+
+
+def test_many_files_are_read_through_few_descriptors(tmp_path: Path) -> None:
+    """More components and parts than a process may have files open, in it and in one forked off; all are closed."""
+    before = len(os.listdir("/proc/self/fd"))
+    readers = []
+    for number in range(4):
+        parts = []
+        (tmp_path / str(number)).mkdir()
+        for index in range(30):
+            writer = PartWriter(tmp_path / str(number), f"part_{index:05d}", ["given"], 300, has_learned=False)
+            writer.add(np.full(5, 50 * number + index), None, 0, 0)
+            parts.append(writer.finish(0, {}))
+        prepared = Prepared(tmp_path / str(number), "", 300, {}, "", parts)
+        readers.append(PreparedRows(prepared, 5, 0, plan_rows(prepared, 5, None), mask_documents=True))
+
+    def read_all() -> None:
+        for index in range(0, 30):
+            for number, rows in enumerate(readers):
+                assert set(rows.reader[5 * index : 5 * index + 5].tolist()) == {50 * number + index}
+                assert rows.documents_of(index)[0].document == index
+
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + 40, limits[1]))
+    try:
+        read_all()
+        read_all()
+        assert len(os.listdir("/proc/self/fd")) - before <= (before + 40) // 4
+        if (child := os.fork()) == 0:
+            try:
+                read_all()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        read_all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    readers.clear()
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_threads_read_what_they_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one descriptor, no thread closes what another reads, nor reads another's file."""
+    monkeypatch.setattr(open_files, "_most", lambda: 1)
+    for number in range(4):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 100)
+    files = open_files.OpenFiles(tmp_path, "")
+
+    def read(number: int) -> set[int]:
+        found: set[int] = set()
+        for first in range(300):
+            out = np.empty(9, np.uint8)
+            files.read_into(str(number), out, first % 90)
+            found.update(out.tolist())
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [{0}, {1}, {2}, {3}]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -104,6 +106,53 @@ def test_a_worker_that_dies_is_named_with_its_signal(number: signal.Signals) -> 
         workers.next(0)
     workers.close()
     assert no_workers_left()
+
+
+def test_shared_memory_that_is_full_says_what_to_do() -> None:
+    """As it soon is in a container; the limit of a file's size makes torch fail where a full /dev/shm does."""
+
+    def large() -> Iterator[torch.Tensor]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        yield torch.ones(10_000)
+
+    workers: Workers[torch.Tensor] = Workers([large], prefetch=2)
+    try:
+        with pytest.raises(WorkerLost, match=r"no room(.|\n)*data\.prefetch=1, data\.num_workers=0(.|\n)*--shm-size"):
+            workers.next(0)
+    finally:
+        workers.close()
+
+
+@pytest.mark.parametrize("is_shared_memory", [True, False])
+def test_only_what_torch_says_of_shared_memory_is_taken_for_it(is_shared_memory: bool) -> None:
+    """In the words of a full /dev/shm; any other RuntimeError stays a defect with its traceback."""
+    words = "unable to allocate shared memory(shm) for file </torch_7_1>: No space left on device (28)"
+
+    class Failing:
+        def __reduce__(self) -> str:
+            raise RuntimeError(words if is_shared_memory else "something else")
+
+    workers: Workers[Failing] = Workers([lambda: iter([Failing()])], prefetch=2)
+    expected = (WorkerLost, "No space left") if is_shared_memory else (RuntimeError, "something else")
+    try:
+        with pytest.raises(expected[0], match=expected[1]):
+            workers.next(0)
+    finally:
+        workers.close()
+
+
+def test_a_worker_that_finds_no_shared_memory_says_what_to_do() -> None:
+    """The kernel ends a process that touches memory it was promised and does not get."""
+
+    def dying() -> Iterator[int]:
+        faulthandler.disable()  # pytest's, whose stacks are not wanted here
+        os.kill(os.getpid(), signal.SIGBUS)
+        yield 1
+
+    workers: Workers[int] = Workers([dying], prefetch=2)
+    with pytest.raises(WorkerLost, match=r"SIGBUS, as the kernel does when shared memory runs out\n.*--shm-size"):
+        workers.next(0)
+    workers.close()
 
 
 _RANK = """

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from titan.config.schema import ComponentConfig, DataConfig, DataKind, Packing, SourceConfig, TokenizerConfig
+from titan.config.schema import ComponentConfig, DataConfig, DataKind, Packing, SourceConfig
 from titan.data.batch import MixtureOrder
-from titan.data.prepare import Progress, find_or_prepare
+from titan.data.prepare import Preparation, find_or_prepare
 from titan.data.prepared import MANIFEST, Prepared, open_prepared
 from titan.data.rows import Piece, PreparedRows, Row, Rows, plan_rows
 from titan.data.tokenizer import Tokenizer
@@ -108,23 +108,6 @@ class MixtureRows:
         ]
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What it takes to tokenise, in this process and in others."""
-
-    tokenizer: Tokenizer
-    config: TokenizerConfig
-    cache_dir: str
-    is_writer: bool = True
-    """Whether this process makes what is missing; others wait."""
-    timeout_seconds: float = 600
-    """How long the others wait without a sign of life from the writer."""
-    workers: int | None = None
-    """Processes that tokenise; None is one for each core."""
-    report: Callable[[str, Progress], None] | None = None
-    """Is told of which component how much is done."""
-
-
 def load_rows(
     config: SourceConfig,
     seq_len: int,
@@ -147,36 +130,33 @@ def load_rows(
         return PreparedRows(prepared, seq_len, told.tokenizer.eos, plan, mask_documents, name)
 
     found = find_prepared(config, preparation)
-    if isinstance(found, Prepared):
-        return rows_of(found, "")
-    weights = {name: weight for name, (_, weight) in found.items()}
-    return MixtureRows({name: rows_of(prepared, name) for name, (prepared, _) in found.items()}, weights)
+    parts = {name: rows_of(prepared, name) for name, (prepared, _) in found.items()}
+    return parts[""] if "" in parts else MixtureRows(parts, {name: weight for name, (_, weight) in found.items()})
 
 
-def find_prepared(config: SourceConfig, preparation: Preparation) -> Prepared | dict[str, tuple[Prepared, float]]:
-    """Return the prepared documents of a source; of a mixture those of each component by name, with its weight.
+def find_prepared(config: SourceConfig, preparation: Preparation) -> dict[str, tuple[Prepared, float]]:
+    """Return the prepared documents of each component by name, with its weight: see `open_folder`.
 
     Raises:
         DataError: As `load_rows`.
     """
     if config.kind is DataKind.prepared:
-        assert config.path is not None, "checked before anything was started"
-        return _open(Path(config.path), preparation.tokenizer)
+        return _open(config, preparation.tokenizer)
     if config.kind is not DataKind.mixture:
-        return _prepare(config, "", preparation)
+        return {"": (find_or_prepare(config, preparation), 1.0)}
     assert isinstance(config, DataConfig)
     found: dict[str, tuple[Prepared, float]] = {}
     for name, component in components_of(config).items():
         if component.kind is DataKind.prepared:
-            assert component.path is not None, "checked before anything was started"
-            prepared = _open(Path(component.path), preparation.tokenizer)
-            if not isinstance(prepared, Prepared):
+            parts = _open(component, preparation.tokenizer)
+            if "" not in parts:
                 raise DataError(
                     f"data.components.{name}.path = {component.path} is a mixture itself\n"
-                    f"  Try  data.components.{name}.path={component.path}/{next(iter(prepared))}"
+                    f"  Try  data.components.{name}.path={component.path}/{next(iter(parts))}"
                 )
+            prepared, _ = parts[""]
         else:
-            prepared = _prepare(source_of(component), name, preparation)
+            prepared = find_or_prepare(source_of(component), preparation, name)
         found[name] = prepared, component.weight
     return found
 
@@ -196,15 +176,18 @@ def write_mixture(folder: Path, weights: dict[str, float]) -> None:
     write_atomically(folder / MIXTURE, json.dumps({"weights": weights}, indent=1) + "\n")
 
 
-def open_folder(path: Path) -> Prepared | dict[str, tuple[Prepared, float]]:
-    """Read the manifest of a prepared folder, or of each component below it.
+def open_folder(path: Path) -> dict[str, tuple[Prepared, float]]:
+    """Read the manifest of each component below a folder.
+
+    Returns:
+        By the component's name, with its weight; one without a name where the folder is no mixture.
 
     Raises:
         DataError: If it was not prepared, or is damaged.
     """
     file = path / MIXTURE
     if (path / MANIFEST).exists() or not file.exists():
-        return open_prepared(path)
+        return {"": (open_prepared(path), 1.0)}
     try:
         weights = {str(name): float(weight) for name, weight in json.loads(file.read_text())["weights"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -227,22 +210,9 @@ def check_tokenizer(prepared: Prepared, tokenizer: Tokenizer) -> None:
         )
 
 
-def _open(path: Path, tokenizer: Tokenizer) -> Prepared | dict[str, tuple[Prepared, float]]:
-    found = open_folder(path)
-    for prepared in [found] if isinstance(found, Prepared) else [each for each, _ in found.values()]:
+def _open(config: SourceConfig, tokenizer: Tokenizer) -> dict[str, tuple[Prepared, float]]:
+    assert config.path is not None, "checked before anything was started"
+    found = open_folder(Path(config.path))
+    for prepared, _ in found.values():
         check_tokenizer(prepared, tokenizer)
     return found
-
-
-def _prepare(config: SourceConfig, name: str, preparation: Preparation) -> Prepared:
-    told = preparation
-    return find_or_prepare(
-        config,
-        told.cache_dir,
-        told.config,
-        told.tokenizer,
-        told.is_writer,
-        told.timeout_seconds,
-        told.workers,
-        None if told.report is None else lambda progress: told.report and told.report(name, progress),
-    )

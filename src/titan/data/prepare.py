@@ -1,15 +1,18 @@
 """Tokenise a source once, in as many processes as there are cores, and go on where an interruption left it.
 
 Shards of the source are taken together to parts of some size, in their order. Each part is made by one process, under
-another name until it is whole. One process of a machine makes a folder; the others wait for its manifest to appear.
+another name until it is whole. One process of a machine makes a folder; the others wait for its manifest to appear, as
+long as a file there says that it lives. Machines that make the same folder on a shared disk share the parts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
@@ -19,16 +22,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from titan.config.schema import RecordFormat, SourceConfig, TokenizerConfig
-from titan.data.encode import BadConversation, Encoder
+from titan.data.encode import BadConversation, Encoded, Encoder
 from titan.data.prepared import FORMAT, MANIFEST, Part, PartWriter, Prepared, open_prepared, read_part, write_manifest
-from titan.data.shard import Shard
+from titan.data.shard import Document, Shard
 from titan.data.source import Source, open_source, source_files
 from titan.data.tokenizer import Tokenizer, build_tokenizer
-from titan.errors import DataError
+from titan.errors import DataError, TitanError
+from titan.run_directory import remove_leftovers, unique_temporary, write_atomically
 
 PART_BYTES = 16 << 20
 """Shards are taken together until they have so much; a change changes where every document is found."""
@@ -36,6 +41,9 @@ _ALONE_BYTES = 8 << 20
 """Less than this is done before other processes have started."""
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 5.0
+_WRITERS = ".writers"
+"""In a folder that is being made: a file of each process that makes it, touched as long as that lives."""
+_BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,21 @@ def _duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-Report = Callable[[Progress], None]
+@dataclass(frozen=True)
+class Preparation:
+    """What it takes to tokenise, in this process and in others."""
+
+    tokenizer: Tokenizer
+    cache_dir: str
+    """Where tokenised text is kept."""
+    is_writer: bool = True
+    """Whether this process makes what is missing; others wait."""
+    timeout_seconds: float = 600
+    """How long the others wait without a sign of life from the writer."""
+    workers: int | None = None
+    """Processes that tokenise; None is one for each core."""
+    report: Callable[[str, Progress], None] | None = None
+    """Is told now and then of which component how much is done."""
 
 
 def source_identity(config: SourceConfig, tokenizer: str) -> str:
@@ -80,14 +102,17 @@ def source_identity(config: SourceConfig, tokenizer: str) -> str:
         tokenizer: The tokenizer's fingerprint.
 
     Raises:
-        DataError: If there is no file.
+        DataError: If there is no file, or if one has vanished.
     """
     digest = hashlib.sha256()
     told = {"version": FORMAT, "tokenizer": tokenizer} | describe_source(config)
     told.pop("path", None)
     digest.update(json.dumps(told, sort_keys=True).encode())
     for file in source_files(config):
-        status = file.stat()
+        try:
+            status = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
         digest.update(f"\n{file}\t{status.st_size}\t{status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
 
@@ -98,28 +123,20 @@ def describe_source(config: SourceConfig) -> dict[str, Any]:
     return {name: value.name if isinstance(value, Enum) else value for name, value in values.items()}
 
 
-def prepare_source(
-    config: SourceConfig,
-    folder: Path,
-    tokenizer_config: TokenizerConfig,
-    tokenizer: Tokenizer,
-    workers: int | None = None,
-    report: Report | None = None,
-) -> Prepared:
+def prepare_source(config: SourceConfig, folder: Path, preparation: Preparation, name: str = "") -> Prepared:
     """Return the tokenised documents of a source, made now as far as they are not there.
 
     Args:
         config: The documents.
         folder: Where they are kept.
-        tokenizer_config: What other processes build the tokenizer from.
-        tokenizer: The same, built.
-        workers: Processes that tokenise; None is one for each core.
-        report: Is told how far the work is, now and then.
+        preparation: What with.
+        name: What they are called in a mixture.
 
     Raises:
         DataError: If a document is bad (see `Shard`), if there is no text at all, if the folder holds something else or
             cannot be written, or if a process dies.
     """
+    tokenizer = preparation.tokenizer
     identity = source_identity(config, tokenizer.fingerprint)
     if (folder / MANIFEST).exists():
         found = open_prepared(folder)
@@ -130,52 +147,47 @@ def prepare_source(
                 f"{tokenizer.fingerprint[:12]}\n  Try  --to ANOTHER_FOLDER   or delete it"
             )
         return found
-    source = open_source(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _claim(folder, identity)
-        parts = _make_parts(source, folder, tokenizer_config, tokenizer, workers, report)
+    with sign_of_life(folder):  # from here on, for a dataset may be fetched for hours before its first part is made
+        source = open_source(config)
+        with _writing(folder):
+            _claim(folder, identity)
+        parts = _make_parts(source, folder, preparation, name)
         prepared = Prepared(folder, tokenizer.fingerprint, tokenizer.n_tokens, describe_source(config), identity, parts)
         if not prepared.documents:
             raise DataError(_no_text(source, prepared.skipped))
-        write_manifest(prepared)
+        with _writing(folder):
+            if not (folder / MANIFEST).exists():  # as it does where another machine was faster
+                write_manifest(prepared)
+    return prepared
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say of an OSError that it was met while writing."""
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{folder} cannot be written: {error.strerror or error}\n"
             "  Try  data.cache_dir=/path/with/space   or  --to DIR"
         ) from error
-    return prepared
 
 
-def find_or_prepare(
-    config: SourceConfig,
-    cache_dir: str,
-    tokenizer_config: TokenizerConfig,
-    tokenizer: Tokenizer,
-    is_writer: bool,
-    timeout_seconds: float,
-    workers: int | None = None,
-    report: Report | None = None,
-) -> Prepared:
+def find_or_prepare(config: SourceConfig, preparation: Preparation, name: str = "") -> Prepared:
     """Return the tokenised documents of a source from the cache, made now where they are missing.
 
     Args:
         config: The documents.
-        cache_dir: Where tokenised text is kept.
-        tokenizer_config: What other processes build the tokenizer from.
-        tokenizer: The same, built.
-        is_writer: Whether this process makes what is missing; others wait.
-        timeout_seconds: How long the others wait without a sign of life from the writer.
-        workers: Processes that tokenise; None is one for each core.
-        report: Is told how far the work is, now and then.
+        preparation: What with, and whether here.
+        name: What they are called in a mixture.
 
     Raises:
         DataError: As `prepare_source`; or if the wait is in vain.
     """
-    folder = cache_folder(config, cache_dir, tokenizer.fingerprint)
-    if is_writer:
-        return prepare_source(config, folder, tokenizer_config, tokenizer, workers, report)
-    wait_for((folder / MANIFEST).exists, folder, timeout_seconds)
+    folder = cache_folder(config, preparation.cache_dir, preparation.tokenizer.fingerprint)
+    if preparation.is_writer:
+        return prepare_source(config, folder, preparation, name)
+    wait_for((folder / MANIFEST).exists, folder, preparation.timeout_seconds)
     return open_prepared(folder)
 
 
@@ -197,30 +209,76 @@ def plan_parts(shards: list[Shard]) -> list[list[Shard]]:
     return parts
 
 
-def wait_for(is_there: Callable[[], bool], folder: Path, timeout_seconds: float) -> None:
-    """Wait for what another process writes, as long as something grows in its folder.
+@contextlib.contextmanager
+def sign_of_life(folder: Path) -> Iterator[None]:
+    """Show those that wait for a folder that this process is at it, as long as the block runs.
 
     Raises:
-        DataError: If nothing does for so many seconds.
+        DataError: If the folder cannot be written.
+    """
+    with _writing(folder):
+        mine = _register(folder / _WRITERS)
+    is_over = threading.Event()
+
+    def beat() -> None:
+        while not is_over.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(mine)
+
+    thread = threading.Thread(target=beat, name="sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        with contextlib.suppress(OSError):  # the folders are not empty if all went well, or if others are at it
+            mine.unlink()
+            mine.parent.rmdir()
+            folder.rmdir()
+
+
+def _register(writers: Path) -> Path:
+    """Make a file of this process's own in a folder, which another may remove at any moment when it is empty."""
+    mine = unique_temporary(writers / "writer")
+    for attempt in range(10):
+        try:
+            writers.mkdir(parents=True, exist_ok=True)
+            mine.touch()
+            break
+        except FileNotFoundError:
+            if attempt == 9:
+                raise
+    remove_leftovers(writers, "writer")
+    return mine
+
+
+def wait_for(is_there: Callable[[], bool], folder: Path, timeout_seconds: float) -> None:
+    """Wait for what another process writes, as long as it gives a sign of life: see `sign_of_life`.
+
+    Raises:
+        DataError: If it gives none for so many seconds.
     """
 
-    def size() -> int:
-        total = 0
-        for found in folder.glob("*"):
-            try:
-                total += found.stat().st_size + 1
-            except FileNotFoundError:  # renamed between listing and looking
-                continue
-        return total
+    def look() -> set[tuple[str, int]]:
+        signs = set()
+        for file in (folder / _WRITERS).glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # gone between listing and looking
+                signs.add((file.name, file.stat().st_mtime_ns))
+        return signs
 
-    seen, since = size(), time.monotonic()
+    seen, since = look(), time.monotonic()
     while not is_there():
         time.sleep(_POLL_SECONDS)
-        now = size()
+        now = look()
         if now != seen:
             seen, since = now, time.monotonic()
         elif time.monotonic() - since > timeout_seconds:
-            raise DataError(f"waited {timeout_seconds:.0f} s for another rank to tokenise the data into {folder}")
+            raise DataError(
+                f"waited {timeout_seconds:.0f} s for another rank to tokenise the data into {folder}, and it gave no "
+                "sign of life\n  See what became of it; where machines share no disk, data.cache_dir has to be on one "
+                "that each machine's ranks share"
+            )
 
 
 def _claim(folder: Path, identity: str) -> None:
@@ -234,38 +292,40 @@ def _claim(folder: Path, identity: str) -> None:
             f"{folder} holds a part of other data, whose preparation did not come to its end\n"
             "  Try  --to ANOTHER_FOLDER   or delete it"
         )
-    note.write_text(identity + "\n")
+    write_atomically(note, identity + "\n")
 
 
-def _make_parts(
-    source: Source,
-    folder: Path,
-    tokenizer_config: TokenizerConfig,
-    tokenizer: Tokenizer,
-    workers: int | None,
-    report: Report | None,
-) -> list[Part]:
-    plan = plan_parts(source.shards)
+def _make_parts(source: Source, folder: Path, preparation: Preparation, name: str) -> list[Part]:
+    tokenizer, plan = preparation.tokenizer, plan_parts(source.shards)
     done: dict[int, Part] = {}
     for index, shards in enumerate(plan):
         part = read_part(folder, _part_name(index), [shard.name for shard in shards], tokenizer.n_tokens)
         if part is not None:
             done[index] = part
-    _remove_leftovers(folder)
+    remove_leftovers(folder, "part_*")
     todo = [index for index in range(len(plan)) if index not in done]
     left_bytes = sum(shard.size_bytes for index in todo for shard in plan[index])
-    workers = min(workers or len(os.sched_getaffinity(0)), len(todo))
+    workers = min(preparation.workers or len(os.sched_getaffinity(0)), len(todo))
+    report = None if preparation.report is None else partial(preparation.report, name)
     meter = _Meter(report, done.values(), left_bytes)
     encoder = Encoder(tokenizer, source.config)
     if workers <= 1 or left_bytes < _ALONE_BYTES:
-        for index in todo:
+        for index in _in_turn(todo, folder):
             done[index] = _make_part(folder, index, plan[index], encoder, meter.count)
             meter.finished(sum(shard.size_bytes for shard in plan[index]))
     else:
-        for index, part in _in_processes(folder, plan, todo, tokenizer_config, source.config, workers, meter):
+        for index, part in _in_processes(folder, plan, todo, tokenizer.config, source.config, workers, meter):
             done[index] = part
             meter.finished(sum(shard.size_bytes for shard in plan[index]))
     return [done[index] for index in range(len(plan))]
+
+
+def _in_turn(todo: list[int], folder: Path) -> Iterator[int]:
+    """Yield every part: in their order, or in any while another machine is at them too, so that they share the work."""
+    left, choice = list(todo), random.SystemRandom()  # or machines that seed alike would choose alike
+    while left:
+        is_alone = len(list((folder / _WRITERS).glob("*"))) <= 1
+        yield left.pop(0 if is_alone else choice.randrange(len(left)))
 
 
 def _part_name(index: int) -> str:
@@ -275,37 +335,60 @@ def _part_name(index: int) -> str:
 def _make_part(
     folder: Path, index: int, shards: list[Shard], encoder: Encoder, count: Callable[[int, int], None]
 ) -> Part:
-    """Tokenise some shards into one part, and say now and then by how many documents and tokens it has grown."""
+    """Tokenise some shards into one part, and say now and then by how many documents and tokens it has grown.
+
+    It is not made again where another machine has made it meanwhile.
+
+    Raises:
+        DataError: If a document is bad, or something cannot be read or written.
+    """
     has_learned = encoder.config.format is RecordFormat.chat
-    names = [shard.name for shard in shards]
-    writer = PartWriter(folder, _part_name(index), names, encoder.tokenizer.n_tokens, has_learned)
+    name, names, n_tokens = _part_name(index), [shard.name for shard in shards], encoder.tokenizer.n_tokens
+    if (there := read_part(folder, name, names, n_tokens)) is not None:
+        count(there.documents, there.tokens)
+        return there
     text_bytes, skipped = 0, Counter[str]()
     told = 0, 0
-    try:
-        for number, shard in enumerate(shards):
-            for document in shard.read():
-                try:
-                    encoded = encoder.encode(document.content)
-                except BadConversation as error:
-                    shard.refuse_document(document, str(error), error.reason)
-                    continue
-                if writer.add(encoded.tokens, encoded.learned, document.record, number):
-                    count(writer.documents - told[0], writer.tokens - told[1])
-                    told = writer.documents, writer.tokens
-            text_bytes += shard.text_bytes
-            skipped += shard.skipped
-        part = writer.finish(text_bytes, skipped)
-    except BaseException:
-        writer.abandon()
-        raise
+    with _writing(folder):
+        writer = PartWriter(folder, name, names, n_tokens, has_learned)
+        try:
+            for number, shard in enumerate(shards):
+                for document, encoded in _encode(shard, encoder):
+                    if writer.add(encoded.tokens, encoded.learned, document.record, number):
+                        count(writer.documents - told[0], writer.tokens - told[1])
+                        told = writer.documents, writer.tokens
+                text_bytes += shard.text_bytes
+                skipped += shard.skipped
+            part = writer.finish(text_bytes, skipped)
+        except BaseException:
+            writer.abandon()
+            raise
     count(part.documents - told[0], part.tokens - told[1])
     return part
+
+
+def _encode(shard: Shard, encoder: Encoder) -> Iterator[tuple[Document, Encoded]]:
+    """Yield a shard's documents with their tokens.
+
+    Raises:
+        DataError: If one is bad, or if the shard cannot be read.
+    """
+    try:
+        for document in shard.read():
+            try:
+                encoded = encoder.encode(document.content)
+            except BadConversation as error:
+                shard.refuse_document(document, str(error), error.reason)
+                continue
+            yield document, encoded
+    except OSError as error:  # such as a file that was there when the shards were listed
+        raise DataError(f"{error.filename or shard.name} cannot be read: {error.strerror or error}") from error
 
 
 class _Meter:
     """Counts what is done, and says so every few seconds."""
 
-    def __init__(self, report: Report | None, done: Any, left_bytes: int) -> None:
+    def __init__(self, report: Callable[[Progress], None] | None, done: Any, left_bytes: int) -> None:
         self._report, self._left, self._bytes = report, left_bytes, 0
         self._documents = sum(part.documents for part in done)
         self._before = self._tokens = sum(part.tokens for part in done)
@@ -339,7 +422,7 @@ def _in_processes(
     counts = context.SimpleQueue()
     pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_config, config, counts, os.getpid()))
     futures: dict[Future[Part], int] = {}
-    waiting = iter(todo)
+    waiting = _in_turn(todo, folder)
     try:
         for index in waiting:
             futures[pool.submit(_work, folder, index, plan[index])] = index
@@ -354,10 +437,12 @@ def _in_processes(
                 for index in waiting:
                     futures[pool.submit(_work, folder, index, plan[index])] = index
                     break
-    except BrokenProcessPool as error:
+    except (BrokenProcessPool, OSError) as error:
+        what = "has died, perhaps for lack of memory"
+        if isinstance(error, OSError):
+            what = f"cannot be started: {error.strerror or error}"
         raise DataError(
-            "a process that tokenises has died, perhaps for lack of memory\n  Try  data.prepare_workers=1   and again:"
-            " what is done is kept"
+            f"a process that tokenises {what}\n  Try  data.prepare_workers=1   and again: what is done is kept"
         ) from error
     finally:
         processes = list((pool._processes or {}).values())
@@ -368,17 +453,26 @@ def _in_processes(
             process.join()
 
 
-_encoder: Encoder | None = None
+_encoder: Encoder | TitanError | None = None
 _counts: Any = None
 
 
 def _start_worker(tokenizer_config: TokenizerConfig, config: SourceConfig, counts: Any, parent: int) -> None:
-    """Make ready what every part needs, once in a process."""
-    global _encoder, _counts
+    """Begin a process that tokenises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the process that started this one ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _encoder, _counts = Encoder(build_tokenizer(tokenizer_config), config), counts
+    _make_ready(tokenizer_config, config, counts)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _make_ready(tokenizer_config: TokenizerConfig, config: SourceConfig, counts: Any) -> None:
+    """Make what every part needs, once in a process; what is wrong with it is told by the first part."""
+    global _encoder, _counts
+    _counts = counts
+    try:
+        _encoder = Encoder(build_tokenizer(tokenizer_config), config)
+    except TitanError as error:  # raised here, the pool would only say that it is broken
+        _encoder = error
 
 
 def _end_with(parent: int) -> None:
@@ -389,21 +483,10 @@ def _end_with(parent: int) -> None:
 
 
 def _work(folder: Path, index: int, shards: list[Shard]) -> Part:
-    assert _encoder is not None
+    if isinstance(_encoder, TitanError):
+        raise _encoder
+    assert _encoder is not None, "made ready"
     return _make_part(folder, index, shards, _encoder, lambda *count: _counts.put(count))
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a process of this machine left half-written that is no more."""
-    host = os.uname().nodename
-    for file in folder.glob(f".part_*.{host}.*.tmp"):
-        pid = file.name.removesuffix(".tmp").rpartition(".")[2]
-        try:
-            os.kill(int(pid), 0)
-        except (ValueError, ProcessLookupError):
-            file.unlink(missing_ok=True)
-        except PermissionError:
-            continue
 
 
 def _no_text(source: Source, skipped: dict[str, int]) -> str:

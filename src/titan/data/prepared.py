@@ -10,26 +10,27 @@
 What is in a part depends on the source alone, so the folder is the same, to the byte, however many processes made it
 and however often they were interrupted.
 
-Files are read with `pread`, not mapped into memory: pages that were read of a mapping count as the process's own for as
-long as it runs, and its memory would seem to grow until all of the data had been seen.
+Files are read with `pread` by `titan.data.open_files`, not mapped into memory: pages that were read of a mapping count
+as the process's own for as long as it runs, and its memory would seem to grow until all of the data had been seen.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
 
+from titan.data.open_files import OpenFiles
 from titan.errors import DataError
-from titan.run_directory import write_atomically
+from titan.run_directory import close_synced, unique_temporary, write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -37,7 +38,6 @@ BLOCK_TOKENS = 4096
 DOCUMENT = np.dtype([("start", "<u8"), ("record", "<u8"), ("shard", "<u4")])
 """Of a document: its first token in the part, its record in the shard, and which of the part's shards that is."""
 _FLUSH_TOKENS = 1 << 20
-_OPEN_FILES = 256
 _CHECK_BYTES = 1 << 22
 
 
@@ -143,8 +143,8 @@ def open_prepared(path: Path) -> Prepared:
     container = _read_manifest(path)
     told = dict(container)
     checksum = told.pop("checksum", "")
-    if checksum != _checksum_of(told):
-        raise DataError(f"{path / MANIFEST} is damaged: its checksum is not that of its contents\n{_anew(path)}")
+    if checksum != checksum_of(told):
+        raise DataError(f"{path / MANIFEST} is damaged: its checksum is not that of its contents\n  {_anew(path)}")
     parts = [Part(**part) for part in told["parts"]]
     found = Prepared(path, told["tokenizer"], told["vocab_size"], told["source"], told["identity"], parts)
     for part in parts:
@@ -153,7 +153,7 @@ def open_prepared(path: Path) -> Prepared:
             there = file.stat().st_size if file.is_file() else -1
             if there != size:
                 what = "is missing" if there < 0 else f"has {there:,} bytes, where its manifest says {size:,}"
-                raise DataError(f"{file} {what}\n{_anew(path)}")
+                raise DataError(f"{file} {what}\n  {_anew(path)}")
     return found
 
 
@@ -169,15 +169,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}\n{_anew(path)}") from error
+        raise DataError(f"{file} is damaged: {error}\n  {_anew(path)}") from error
     if not isinstance(container, dict) or container.get("format") != FORMAT:
         version = container.get("format") if isinstance(container, dict) else None
-        raise DataError(f"{file} is of format {version}, and this version of titan reads {FORMAT}\n{_anew(path)}")
+        raise DataError(f"{file} is of format {version}, and this version of titan reads {FORMAT}\n  {_anew(path)}")
     return container
 
 
 def _anew(path: Path) -> str:
-    return f"  Delete {path} and prepare it anew:  python -m titan.prepare --to {path} data=... tokenizer=..."
+    return f"Delete {path} and prepare it anew:  python -m titan.prepare --to {path} data=... tokenizer=..."
 
 
 def write_manifest(prepared: Prepared) -> None:
@@ -196,29 +196,39 @@ def write_manifest(prepared: Prepared) -> None:
         "digest": prepared.digest,
         "parts": [asdict(part) for part in prepared.parts],
     }
-    text = json.dumps(told | {"checksum": _checksum_of(told)}, indent=1)
+    text = json.dumps(told | {"checksum": checksum_of(told)}, indent=1)
     write_atomically(prepared.path / MANIFEST, text + "\n")
 
 
-def _checksum_of(told: dict[str, Any]) -> str:
+def checksum_of(told: dict[str, Any]) -> str:
+    """Return the checksum of an object that is written as JSON."""
     return xxhash.xxh3_128_hexdigest(json.dumps(told, sort_keys=True).encode())
 
 
 def find_damage(prepared: Prepared) -> Iterator[str]:
     """Read every byte and yield what is not as its checksum says."""
     for part in prepared.parts:
-        for suffix, checksum in part.checksums.items():
-            digest = xxhash.xxh3_128()
-            file = part.file(prepared.path, suffix)
-            try:
-                with file.open("rb") as stream:
-                    while block := stream.read(_CHECK_BYTES):
-                        digest.update(block)
-            except OSError as error:
-                yield f"{file} cannot be read: {error.strerror or error}"
-                continue
-            if digest.hexdigest() != checksum:
-                yield f"{file} is damaged: its checksum is {digest.hexdigest()}, where the manifest says {checksum}"
+        yield from find_damaged(prepared.path, {f"{part.name}.{suffix}": sum for suffix, sum in part.checksums.items()})
+
+
+def find_damaged(folder: Path, checksums: dict[str, str]) -> Iterator[str]:
+    """Read files whole and yield what is not as its checksum says.
+
+    Args:
+        folder: Where they are.
+        checksums: By name: XXH3, 128 bits, in hexadecimal.
+    """
+    for name, checksum in checksums.items():
+        digest = xxhash.xxh3_128()
+        try:
+            with (folder / name).open("rb") as stream:
+                while block := stream.read(_CHECK_BYTES):
+                    digest.update(block)
+        except OSError as error:
+            yield f"{folder / name} cannot be read: {error.strerror or error}"
+            continue
+        if digest.hexdigest() != checksum:
+            yield f"{folder / name} is damaged: its checksum is {digest.hexdigest()}, where it was made with {checksum}"
 
 
 class PartWriter:
@@ -233,13 +243,18 @@ class PartWriter:
     """
 
     def __init__(self, folder: Path, name: str, shards: list[str], vocab_size: int, has_learned: bool) -> None:
-        self.folder, self.name, self.shards = folder, name, shards
+        self.folder, self.name, self.shards, self.vocab_size = folder, name, shards, vocab_size
         self.dtype = token_dtype(vocab_size)
         suffixes = ["tokens", "documents", "blocks", *["learned"] * has_learned]
-        unique = f"{os.uname().nodename}.{os.getpid()}.tmp"
-        self._temporary = {suffix: folder / f".{name}.{suffix}.{unique}" for suffix in suffixes}
-        self._files = {suffix: path.open("wb") for suffix, path in self._temporary.items()}
+        self._temporary = {suffix: unique_temporary(folder / f"{name}.{suffix}") for suffix in suffixes}
         self._digests = {suffix: xxhash.xxh3_128() for suffix in suffixes}
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            for suffix, path in self._temporary.items():
+                self._files[suffix] = path.open("wb")
+        except OSError:
+            self.abandon()
+            raise
         self.tokens = self.documents = self.longest = 0
         self._pieces: list[np.ndarray] = []
         self._learned: list[np.ndarray] = []
@@ -251,7 +266,7 @@ class PartWriter:
         count = len(tokens)
         self._told.append((self.tokens, record, shard))
         self._pieces.append(tokens)
-        if "learned" in self._files:
+        if "learned" in self._temporary:
             self._learned.append(np.ones(count, bool) if learned is None else learned)
         self.tokens += count
         self.documents += 1
@@ -265,13 +280,15 @@ class PartWriter:
     def finish(self, text_bytes: int, skipped: dict[str, int]) -> Part:
         """Give the files their names, and write the part's own share of the manifest.
 
+        Where the same part is there already, made by another machine, that one stays: it may be read by now.
+
         Args:
             text_bytes: Bytes of the text in UTF-8.
             skipped: Documents left out, by reason.
         """
         self._flush()
         for file in self._files.values():
-            file.close()
+            close_synced(file)
         part = Part(
             self.name,
             self.tokens,
@@ -282,6 +299,9 @@ class PartWriter:
             self.shards,
             {suffix: digest.hexdigest() for suffix, digest in self._digests.items()},
         )
+        if read_part(self.folder, self.name, self.shards, self.vocab_size) == part:
+            self.abandon()
+            return part
         for suffix, path in self._temporary.items():
             os.replace(path, part.file(self.folder, suffix))
         write_atomically(part.file(self.folder, "json"), json.dumps(asdict(part), indent=1) + "\n")
@@ -289,8 +309,10 @@ class PartWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind of a part that did not come to its end."""
-        for suffix, path in self._temporary.items():
-            self._files[suffix].close()
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # what it still holds may find no room
+                file.close()
+        for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
@@ -347,15 +369,7 @@ class TokenReader:
         self.tokens = prepared.tokens
         self.part_starts = np.cumsum([0, *(part.tokens for part in prepared.parts)])
         self.document_starts = np.cumsum([0, *(part.documents for part in prepared.parts)])
-        self._open: OrderedDict[tuple[int, str], int] = OrderedDict()
-        weakref.finalize(self, _close, self._open)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: another process opens its own."""
-        return {"prepared": self.prepared}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["prepared"])
+        self._files = OpenFiles(prepared.path, _anew(prepared.path))
 
     def __len__(self) -> int:
         return self.tokens
@@ -376,7 +390,7 @@ class TokenReader:
             suffix: tokens or learned.
 
         Raises:
-            DataError: If a file ends before.
+            DataError: If a file cannot be read, or ends before.
         """
         part = int(np.searchsorted(self.part_starts, start, side="right")) - 1
         done, count = 0, len(out)
@@ -455,34 +469,4 @@ class TokenReader:
         return begin + int(left), documents[left:right]
 
     def _pread(self, part: int, suffix: str, out: np.ndarray, first: int) -> None:
-        descriptor = self._open.get((part, suffix))
-        if descriptor is None:
-            descriptor = self._open_file(part, suffix)
-        size = out.itemsize
-        wanted, done = out.nbytes, 0
-        view = memoryview(out.view(np.uint8))  # type: ignore[arg-type]
-        while done < wanted:
-            count = os.preadv(descriptor, [view[done:]], first * size + done)
-            if count == 0:
-                told = self.prepared.parts[part]
-                raise DataError(
-                    f"{told.file(self.prepared.path, suffix)} ends before entry {first + len(out):,}\n"
-                    + _anew(self.prepared.path)
-                )
-            done += count
-
-    def _open_file(self, part: int, suffix: str) -> int:
-        while len(self._open) >= _OPEN_FILES:
-            os.close(self._open.popitem(last=False)[1])
-        path = self.prepared.parts[part].file(self.prepared.path, suffix)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-        self._open[part, suffix] = descriptor
-        return descriptor
-
-
-def _close(descriptors: OrderedDict[tuple[int, str], int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)
+        self._files.read_into(f"{self.prepared.parts[part].name}.{suffix}", out, first)

@@ -8,27 +8,29 @@ at the end of a row is padding that does not count.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import xxhash
 
 from titan.config.schema import Packing
 from titan.data.batch import IGNORED_LABEL, Order, RowOrder, count_rows
+from titan.data.open_files import OpenFiles
 from titan.data.packing import Segment, pack_best_fit, windows
-from titan.data.prepare import wait_for
-from titan.data.prepared import Prepared, TokenReader
+from titan.data.prepare import sign_of_life, wait_for
+from titan.data.prepared import Prepared, TokenReader, checksum_of, find_damaged
 from titan.errors import DataError
-from titan.run_directory import write_atomically
+from titan.run_directory import close_synced, remove_leftovers, unique_temporary, write_atomically
 
 __all__ = ["Piece", "Plan", "PreparedRows", "Row", "Rows", "Segment", "pack_best_fit", "plan_rows"]
 
+PLAN = "plan.json"
 SEGMENT = np.dtype([("start", "<u8"), ("length", "<u4")])
 """A segment of a row: its first token over all parts, and the positions it takes."""
 
@@ -130,6 +132,8 @@ class Plan:
     """Positions that hold a document's token; the others are padding."""
     cut_documents: int
     """Documents longer than a row."""
+    checksums: dict[str, str]
+    """Of the files `segments` and `rows`: XXH3, 128 bits, in hexadecimal."""
 
     @property
     def padding_share(self) -> float:
@@ -155,63 +159,97 @@ def plan_rows(
     folder = prepared.path / f"rows_{seq_len}"
     if not folder.is_dir() and not os.access(prepared.path, os.W_OK) and cache_dir is not None:
         folder = Path(cache_dir) / "rows" / f"{prepared.digest}_{seq_len}"
-    file = folder / "plan.json"
-    if not _is_plan(file, prepared.digest):
-        if is_writer:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                _write_plan(prepared, seq_len, folder)
-            except OSError as error:
-                raise DataError(
-                    f"{folder} cannot be written: {error.strerror or error}\n  Try  data.cache_dir=/path/with/space"
-                ) from error
-        else:
-            wait_for(lambda: _is_plan(file, prepared.digest), folder, timeout_seconds)
-    return Plan(folder, **json.loads(file.read_text()))
+    plan = _read_plan(prepared, seq_len, folder)
+    if plan is None and is_writer:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with sign_of_life(folder):
+                plan = _write_plan(prepared, seq_len, folder)
+        except OSError as error:
+            raise DataError(
+                f"{folder} cannot be written: {error.strerror or error}\n  Try  data.cache_dir=/path/with/space"
+            ) from error
+    elif plan is None:
+        wait_for(lambda: _read_plan(prepared, seq_len, folder) is not None, folder, timeout_seconds)
+        plan = _read_plan(prepared, seq_len, folder)
+    if plan is None:
+        raise DataError(f"{folder} has changed while it was opened\n  {_anew(folder)}")
+    return plan
 
 
-def _is_plan(file: Path, digest: str) -> bool:
+def find_plan_damage(prepared: Prepared) -> Iterator[str]:
+    """Read every byte of the plans beside the data and yield what is not as its checksum says."""
+    for folder in sorted(prepared.path.glob("rows_*")):
+        length = folder.name.removeprefix("rows_")
+        plan = _read_plan(prepared, int(length), folder) if length.isdigit() else None
+        if plan is not None:
+            yield from find_damaged(folder, plan.checksums)
+        elif length.isdigit():
+            yield f"{folder} is damaged, cut short, or of other data\n  {_anew(folder)}"
+
+
+def _read_plan(prepared: Prepared, seq_len: int, folder: Path) -> Plan | None:
+    """Return the plan of a folder; None where there is none that is whole and for this data."""
     try:
-        told = json.loads(file.read_text())
-        files = (
-            (file.with_name("segments"), SEGMENT.itemsize * told["segments"]),
-            (file.with_name("rows"), 8 * (told["rows"] + 1)),
-        )
-        return told["digest"] == digest and all(path.stat().st_size == size for path, size in files)
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
+        told = json.loads((folder / PLAN).read_text())
+        checksum = told.pop("checksum")
+        plan = Plan(folder, **told)
+        sizes = {"segments": SEGMENT.itemsize * plan.segments, "rows": 8 * (plan.rows + 1)}
+        is_whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    is_sound = checksum == checksum_of(told) and plan.checksums.keys() == sizes.keys()
+    return plan if is_whole and is_sound and (plan.digest, plan.seq_len) == (prepared.digest, seq_len) else None
 
 
-def _write_plan(prepared: Prepared, seq_len: int, folder: Path) -> None:
+def _anew(folder: Path) -> str:
+    return f"Delete {folder}: the next run makes it anew"
+
+
+def _write_plan(prepared: Prepared, seq_len: int, folder: Path) -> Plan:
     reader = TokenReader(prepared)
     rows = segments = positions = cut = begin = 0
-    unique = f"{os.uname().nodename}.{os.getpid()}.tmp"
-    temporary = {name: folder / f".{name}.{unique}" for name in ("segments", "rows")}
+    remove_leftovers(folder, "*")
+    temporary = {name: unique_temporary(folder / name) for name in ("segments", "rows")}
+    digests = {name: xxhash.xxh3_128() for name in temporary}
     try:
-        with temporary["segments"].open("wb") as segments_file, temporary["rows"].open("wb") as rows_file:
-            rows_file.write(np.zeros(1, "<u8").tobytes())
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(path.open("wb")) for name, path in temporary.items()}
+
+            def write(name: str, values: np.ndarray) -> None:
+                content = values.tobytes()
+                files[name].write(content)
+                digests[name].update(content)
+
+            write("rows", np.zeros(1, "<u8"))
             for _, lengths in windows(reader.document_lengths()):
                 starts = begin + np.cumsum(lengths) - lengths
                 packed = pack_best_fit(lengths, seq_len)
                 flat = np.array([segment for row in packed for segment in row], np.int64).reshape(-1, 3)
                 out = np.empty(len(flat), SEGMENT)
                 out["start"], out["length"] = starts[flat[:, 0]] + flat[:, 1], flat[:, 2]
-                segments_file.write(out.tobytes())
-                ends = segments + np.cumsum([len(row) for row in packed])
-                rows_file.write(ends.astype("<u8").tobytes())
+                write("segments", out)
+                write("rows", (segments + np.cumsum([len(row) for row in packed])).astype("<u8"))
                 rows += len(packed)
                 segments += len(flat)
                 positions += int(flat[:, 2].sum())
                 cut += int((lengths > seq_len + 1).sum())
                 begin += int(lengths.sum())
+            for file in files.values():
+                close_synced(file)
+        checksums = {name: digest.hexdigest() for name, digest in digests.items()}
+        plan = Plan(folder, seq_len, prepared.digest, rows, segments, positions, cut, checksums)
+        if (there := _read_plan(prepared, seq_len, folder)) is not None:
+            return there  # another node was faster, and its readers have the files open
         for name, path in temporary.items():
             os.replace(path, folder / name)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    told = asdict(Plan(folder, seq_len, prepared.digest, rows, segments, positions, cut))
+    told = asdict(plan)
     del told["folder"]
-    write_atomically(folder / "plan.json", json.dumps(told) + "\n")
+    write_atomically(folder / PLAN, json.dumps(told | {"checksum": checksum_of(told)}) + "\n")
+    return plan
 
 
 class PreparedRows:
@@ -240,11 +278,7 @@ class PreparedRows:
         self.reader = TokenReader(prepared)
         self._rows = count_rows(prepared.tokens, seq_len) if plan is None else plan.rows
         self._has_learned = prepared.has_learned
-        self._plan_files: tuple[int, int] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open files behind: another process opens its own."""
-        return self.__dict__ | {"_plan_files": None}
+        self._plan_files = None if plan is None else OpenFiles(plan.folder, _anew(plan.folder))
 
     def __len__(self) -> int:
         return self._rows
@@ -313,19 +347,29 @@ class PreparedRows:
         return Row(inputs, labels, starts)
 
     def segments_of(self, row: int) -> list[tuple[int, int]]:
-        """Return the first token and the positions of each segment of a row; of one that was cut there is one."""
-        if self.plan is None:
+        """Return the first token and the positions of each segment of a row; of one that was cut there is one.
+
+        Raises:
+            DataError: If the plan cannot be read, or is damaged.
+        """
+        if self.plan is None or self._plan_files is None:
             start = row * self.seq_len
             return [(start, min(self.seq_len, self.prepared.tokens - start))]
-        if self._plan_files is None:
-            folder = self.plan.folder
-            self._plan_files = (_open(folder / "rows"), _open(folder / "segments"))
-            weakref.finalize(self, _close, self._plan_files)
-        rows_file, segments_file = self._plan_files
-        first, last = np.frombuffer(os.pread(rows_file, 16, 8 * row), "<u8").tolist()
-        size = SEGMENT.itemsize
-        found = np.frombuffer(os.pread(segments_file, size * (last - first), size * first), SEGMENT)
-        return found.tolist()
+        bounds = np.empty(2, "<u8")
+        self._plan_files.read_into("rows", bounds, row)
+        first, last = bounds.tolist()
+        if not first <= last <= min(self.plan.segments, first + self.seq_len):
+            raise self._damaged(row)
+        found = np.empty(last - first, SEGMENT)
+        self._plan_files.read_into("segments", found, first)
+        is_inside = found["start"] + found["length"].astype("<u8") < self.prepared.tokens
+        if found["length"].sum() > self.seq_len or not (is_inside & (found["start"] < self.prepared.tokens)).all():
+            raise self._damaged(row)
+        return list(zip(found["start"].tolist(), found["length"].tolist(), strict=True))
+
+    def _damaged(self, row: int) -> DataError:
+        assert self.plan is not None
+        return DataError(f"{self.plan.folder} is damaged: row {row} cannot be\n  {_anew(self.plan.folder)}")
 
     def documents_of(self, row: int) -> list[Piece]:
         """Return which documents a row is made of."""
@@ -407,15 +451,6 @@ class PreparedRows:
             f"left out {count:,} document{'s' * (count != 1)}: {reason}" for reason, count in found.skipped.items()
         ]
         return lines
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _close(descriptors: tuple[int, int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _size(count: int) -> str:

@@ -6,8 +6,9 @@ the end of a worker is the end of its pipe, which the rank sees at once and only
 memory, not through the pipe.
 
 A worker that fails hands titan's own errors over as they are. One that dies (most often the kernel takes it, for the
-memory) is an error with its name and signal. Workers leave SIGTERM and SIGINT to their rank, which still needs batches
-to stop in order, and end when it does, however it does.
+memory) is an error with its name and signal, and so is shared memory that is full, as it soon is in a container.
+Workers leave SIGTERM and SIGINT to their rank, which still needs batches to stop in order, and end when it does,
+however it does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from titan.errors import TitanError, WorkerLost
 T = TypeVar("T")
 _END_SECONDS = 5.0
 _PR_SET_PDEATHSIG = 1
+_MORE_SHARED_MEMORY = (
+    "  Try  data.prefetch=1, data.num_workers=0 (which needs none), or a larger /dev/shm: docker run --shm-size=8g, "
+    "or an emptyDir of medium Memory at /dev/shm in Kubernetes"
+)
 
 
 class Workers(Generic[T]):
@@ -98,12 +103,16 @@ class Workers(Generic[T]):
                 cause = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
             cause += ", as the kernel does when memory runs out"
+        if code == -signal.SIGBUS:
+            cause += ", as the kernel does when shared memory runs out"
         count = len(self._workers)
+        what = f"data worker {number} of this rank's {count} (process {process.pid}) {cause}\n"
+        if code == -signal.SIGBUS:
+            return WorkerLost(what + _MORE_SHARED_MEMORY)
         fewer = count - 1
         return WorkerLost(
-            f"data worker {number} of this rank's {count} (process {process.pid}) {cause}\n"
-            f"  Try  data.num_workers={fewer}   (this run has {count}), data.prefetch=1, with data.streaming a smaller "
-            "data.shuffle_window, or more memory for each rank"
+            f"{what}  Try  data.num_workers={fewer}   (this run has {count}), data.prefetch=1, with data.streaming a "
+            "smaller data.shuffle_window, or more memory for each rank"
         )
 
 
@@ -118,7 +127,7 @@ def _work(make: Callable[[], Iterator[T]], pipe: Connection, free: Any, rank: in
         try:
             for item in make():
                 free.acquire()
-                pipe.send(("item", item))
+                _send(pipe, item)
             last: tuple[str, Any] = ("end", None)
         except TitanError as error:
             last = ("error", error)
@@ -127,6 +136,23 @@ def _work(make: Callable[[], Iterator[T]], pipe: Connection, free: Any, rank: in
         free.acquire()
         pipe.send(last)
         signal.pause()  # the rank fetches tensors of the last items from this process
+
+
+def _send(pipe: Connection, item: Any) -> None:
+    """Hand an item over, its tensors in shared memory.
+
+    Raises:
+        WorkerLost: If there is no room for them.
+    """
+    try:
+        pipe.send(("item", item))
+    except RuntimeError as error:  # torch has no type of its own for it, and says what the system said
+        if "shared memory" not in str(error) and "</torch_" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise WorkerLost(
+            f"there is no room for what the data workers read ahead: {reason}\n{_MORE_SHARED_MEMORY}"
+        ) from error
 
 
 def _end_with(rank: int) -> None:

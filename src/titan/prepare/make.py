@@ -11,10 +11,10 @@ from titan.config.check import check_preparation
 from titan.config.degrees import resolve_data
 from titan.config.load import compose
 from titan.config.schema import DataConfig, DataKind, TokenizerConfig
-from titan.data.mixture import Preparation, components_of, find_prepared, source_of, write_mixture
-from titan.data.prepare import Progress, describe_progress, prepare_source
+from titan.data.mixture import components_of, find_prepared, source_of, write_mixture
+from titan.data.prepare import Preparation, Progress, describe_progress, prepare_source
 from titan.data.prepared import Prepared
-from titan.data.tokenizer import Tokenizer, build_tokenizer
+from titan.data.tokenizer import build_tokenizer
 from titan.errors import ConfigError, Problem
 from titan.launch.environment import current_machine
 
@@ -22,18 +22,16 @@ from titan.launch.environment import current_machine
 def main(arguments: list[str]) -> bool:
     """Run the command line; returns True, for what was asked is there."""
     given = build_parser().parse_intermixed_args(arguments)
-    config, tokenizer_config = load(given.overrides, given.config_dir)
-    tokenizer = build_tokenizer(tokenizer_config)
+    config, tokenizer_config = load(given.overrides, given.config_dir, is_copied=given.to is not None)
+    assert config.cache_dir is not None, "resolved"
+    preparation = Preparation(
+        build_tokenizer(tokenizer_config), config.cache_dir, workers=config.prepare_workers, report=_report
+    )
     began = time.monotonic()
     if given.to is None:
-        assert config.cache_dir is not None, "resolved"
-        preparation = Preparation(
-            tokenizer, tokenizer_config, config.cache_dir, workers=config.prepare_workers, report=_report
-        )
-        found = find_prepared(config, preparation)
-        parts = {"": found} if isinstance(found, Prepared) else {name: part for name, (part, _) in found.items()}
+        parts = {name: part for name, (part, _) in find_prepared(config, preparation).items()}
     else:
-        parts = prepare_to(Path(given.to).absolute(), config, tokenizer_config, tokenizer)
+        parts = prepare_to(Path(given.to).absolute(), config, preparation)
     for name, part in parts.items():
         for line in summary(part):
             print(f"{name + ': ' if name else ''}{line}")
@@ -53,8 +51,15 @@ def build_parser() -> argparse.ArgumentParser:
     return command
 
 
-def load(overrides: list[str], config_dir: str | None = None) -> tuple[DataConfig, TokenizerConfig]:
+def load(
+    overrides: list[str], config_dir: str | None = None, is_copied: bool = False
+) -> tuple[DataConfig, TokenizerConfig]:
     """Compose and check what concerns the data.
+
+    Args:
+        overrides: Of the command line.
+        config_dir: A folder of config groups of the user's own.
+        is_copied: Whether all is to be in one folder of its own.
 
     Raises:
         ConfigError: With all problems found.
@@ -66,34 +71,35 @@ def load(overrides: list[str], config_dir: str | None = None) -> tuple[DataConfi
         problems.append(
             Problem("data=prepared is prepared already", suggestion=f"python -m titan.prepare show {data.path}")
         )
+    if is_copied and data.kind is DataKind.mixture:
+        problems += [
+            Problem(
+                f"data.components.{name}.kind = prepared is prepared already, and --to tokenises all of a mixture",
+                f"What is in {component.path} is neither made again nor copied.",
+                "the same without --to   which prepares the others into data.cache_dir, where a run with the same "
+                "overrides finds them",
+            )
+            for name, component in components_of(data).items()
+            if component.kind is DataKind.prepared
+        ]
     if problems:
         raise ConfigError(problems)
     return data, config.tokenizer
 
 
-def prepare_to(
-    folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, tokenizer: Tokenizer
-) -> dict[str, Prepared]:
+def prepare_to(folder: Path, config: DataConfig, preparation: Preparation) -> dict[str, Prepared]:
     """Write a folder to train on with data=prepared; of a mixture, one below it for each component.
 
     Raises:
         DataError: As `prepare_source`.
     """
-
-    def prepare(source: DataConfig, name: str) -> Prepared:
-        return prepare_source(
-            source if not name else source_of(config.components[name]),
-            folder / name,
-            tokenizer_config,
-            tokenizer,
-            config.prepare_workers,
-            lambda progress: _report(name, progress),
-        )
-
     if config.kind is not DataKind.mixture:
-        return {"": prepare(config, "")}
+        return {"": prepare_source(config, folder, preparation)}
     components = components_of(config)
-    found = {name: prepare(config, name) for name in components}
+    found = {
+        name: prepare_source(source_of(component), folder / name, preparation, name)
+        for name, component in components.items()
+    }
     write_mixture(folder, {name: component.weight for name, component in components.items()})
     return found
 

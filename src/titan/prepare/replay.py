@@ -16,10 +16,12 @@ from titan.checkpoint.manifest import committed_steps, step_folder
 from titan.config.load import load_config
 from titan.config.schema import DataConfig, DataKind, SourceConfig, TitanConfig
 from titan.data.digest import step_digest
-from titan.data.mixture import Preparation, load_rows
-from titan.data.rows import Rows
+from titan.data.mixture import load_rows
+from titan.data.prepare import Preparation
+from titan.data.rows import Piece, Rows
 from titan.data.shard import Shard
 from titan.data.source import open_source
+from titan.data.stream import StreamedPiece
 from titan.data.tokenizer import Tokenizer, build_tokenizer
 from titan.errors import CommandError, TitanError
 from titan.run_directory import RunDirectory, read_objects
@@ -43,8 +45,10 @@ def main(arguments: list[str]) -> bool:
         )
     wanted = _selected(given.rows, config.training.global_batch_size)
     tokenizer = build_tokenizer(config.tokenizer)
-    replay = _replay_stream if config.data.streaming else _replay_prepared
-    told, digest = replay(config, directory, given.step, wanted, tokenizer, given.whole)
+    if config.data.streaming:
+        told, digest = _replay_stream(config, directory, given.step, wanted, tokenizer, given.whole)
+    else:
+        told, digest = _replay_prepared(config, given.step, wanted, tokenizer, given.whole)
     recorded = _recorded_digest(directory.rows, given.step)
     if given.json:
         print(json.dumps({"step": given.step, "digest": digest, "recorded_digest": recorded, "rows": told}))
@@ -61,12 +65,12 @@ def main(arguments: list[str]) -> bool:
 def load_run_rows(config: TitanConfig, tokenizer: Tokenizer) -> Rows:
     """Return the rows of a run from its frozen config, tokenised again if they are no longer there."""
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
-    preparation = Preparation(tokenizer, config.tokenizer, config.data.cache_dir, workers=config.data.prepare_workers)
+    preparation = Preparation(tokenizer, config.data.cache_dir, workers=config.data.prepare_workers)
     return load_rows(config.data, config.training.seq_len, preparation, config.data.packing, config.data.mask_documents)
 
 
 def _replay_prepared(
-    config: TitanConfig, directory: RunDirectory, step: int, wanted: list[int], tokenizer: Tokenizer, whole: bool
+    config: TitanConfig, step: int, wanted: list[int], tokenizer: Tokenizer, whole: bool
 ) -> tuple[list[dict[str, Any]], str]:
     """Return what the wanted rows of a step are made of, and the digest of all of them."""
     rows = load_run_rows(config, tokenizer)
@@ -77,19 +81,9 @@ def _replay_prepared(
         pieces = []
         for piece in rows.documents_of(int(numbers[index])):
             shard = shards.get((piece.component, piece.shard))
-            pieces.append(
-                {
-                    "component": piece.component,
-                    "shard": piece.shard,
-                    "record": piece.record,
-                    "where": shard.locate(piece.record) if shard is not None else None,
-                    "first": piece.first,
-                    "position": piece.position,
-                    "length": piece.length,
-                    "document_tokens": piece.document_tokens,
-                    "text": tokenizer.decode(rows.read_tokens(piece, whole).tolist()),
-                }
-            )
+            where = shard.locate(piece.record) if shard is not None else None
+            text = tokenizer.decode(rows.read_tokens(piece, whole).tolist())
+            pieces.append(_told(piece, piece.component, piece.shard, where, piece.document_tokens, text))
         told.append({"row": index, "number": int(numbers[index]), "pieces": pieces})
     read = rows.read(numbers)
     return told, step_digest(read.at(index) for index in range(len(numbers)))
@@ -130,24 +124,31 @@ def _replay_stream(
         rows.append(row)
         if place not in wanted:
             continue
-        pieces = [
-            {
-                "component": names[number // plan.streams],
-                "shard": piece.shard.name,
-                "record": piece.record,
-                "where": piece.shard.locate(piece.record),
-                "first": piece.first,
-                "position": piece.position,
-                "length": piece.length,
-                "document_tokens": len(piece.tokens),
-                "text": tokenizer.decode(
-                    (piece.tokens if whole else piece.tokens[piece.first : piece.first + piece.length]).tolist()
-                ),
-            }
-            for piece in sources[number].pieces
-        ]
+        pieces = []
+        for piece in sources[number].pieces:
+            tokens = piece.tokens if whole else piece.tokens[piece.first : piece.first + piece.length]
+            component, where = names[number // plan.streams], piece.shard.locate(piece.record)
+            text = tokenizer.decode(tokens.tolist())
+            pieces.append(_told(piece, component, piece.shard.name, where, len(piece.tokens), text))
         told.append({"row": place, "number": None, "pieces": pieces})
     return told, step_digest(rows)
+
+
+def _told(
+    piece: Piece | StreamedPiece, component: str, shard: str, where: str | None, document_tokens: int, text: str
+) -> dict[str, Any]:
+    """Return a piece of a row as it is printed with --json."""
+    return {
+        "component": component,
+        "shard": shard,
+        "record": piece.record,
+        "where": where,
+        "first": piece.first,
+        "position": piece.position,
+        "length": piece.length,
+        "document_tokens": document_tokens,
+        "text": text,
+    }
 
 
 def _cursors_before(directory: RunDirectory, step: int, initial: np.ndarray) -> tuple[int, np.ndarray]:

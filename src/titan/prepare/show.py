@@ -9,6 +9,7 @@ from typing import Any
 
 from titan.data.mixture import open_folder
 from titan.data.prepared import Prepared, find_damage
+from titan.data.rows import find_plan_damage
 from titan.prepare.make import summary
 
 
@@ -38,7 +39,7 @@ def verify_main(arguments: list[str]) -> bool:
     given = command.parse_args(arguments)
     damage = []
     for name, part in open_all(given.path).items():
-        found = list(find_damage(part))
+        found = [*find_damage(part), *find_plan_damage(part)]
         damage += found
         for line in found:
             print(line)
@@ -54,8 +55,7 @@ def open_all(path: Path) -> dict[str, Prepared]:
     Raises:
         DataError: If it was not prepared, or is damaged.
     """
-    found = open_folder(path)
-    return {"": found} if isinstance(found, Prepared) else {name: part for name, (part, _) in found.items()}
+    return {name: part for name, (part, _) in open_folder(path).items()}
 
 
 def _lines(prepared: Prepared) -> list[str]:

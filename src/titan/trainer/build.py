@@ -16,8 +16,8 @@ from titan.config.schema import CheckpointMode, SourceConfig, TitanConfig
 from titan.data.feed import Feed, PreparedFeed, StreamedText, build_stream_feed, open_streams
 from titan.data.held_out import HeldOutRows
 from titan.data.loader import Share
-from titan.data.mixture import Preparation, load_rows
-from titan.data.prepare import Progress, describe_progress
+from titan.data.mixture import load_rows
+from titan.data.prepare import Preparation, Progress, describe_progress
 from titan.data.rows import Rows
 from titan.data.tokenizer import build_tokenizer
 from titan.errors import ConfigError
@@ -145,7 +145,6 @@ def _load_rows(config: TitanConfig, source: SourceConfig, is_writer: bool) -> Ro
     assert config.data.cache_dir is not None, "resolved before the config was frozen"
     preparation = Preparation(
         build_tokenizer(config.tokenizer),
-        config.tokenizer,
         config.data.cache_dir,
         is_writer,
         config.cluster.timeout_seconds,
