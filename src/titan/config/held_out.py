@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from titan.config.files import NotReadable
 from titan.config.schema import DataKind, SourceConfig, TitanConfig
 from titan.config.sources import check_source, files_of, sources_of
 from titan.errors import Problem
@@ -54,7 +55,11 @@ def _check_is_held_out(data: SourceConfig, config: TitanConfig) -> Iterator[Prob
                 "validation.data.split=validation" if is_hub else _CHOOSE,
             )
             continue
-        both = sorted(mine[each] for each in {_identity(file) for file in files_of(source)} & mine.keys())
+        try:
+            theirs = {_identity(file) for file in files_of(source)}
+        except NotReadable:  # which is told of the data
+            continue
+        both = sorted(mine[each] for each in theirs & mine.keys())
         if both:
             count = f"{len(both):,} file{'s' * (len(both) != 1)}"
             yield Problem(
