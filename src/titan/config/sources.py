@@ -34,6 +34,11 @@ def files_of(source: SourceConfig) -> list[Path]:
     return find_files(source.path, source.kind.name) if source.kind.name in SUFFIXES and source.path else []
 
 
+def manifests_of(path: str) -> list[Path]:
+    """Return the manifests of what is prepared in a folder: one, or one for each component of a mixture."""
+    return sorted([*Path(path).glob("manifest.json"), *Path(path).glob("*/manifest.json")])
+
+
 def check_data(config: TitanConfig) -> Iterator[Problem]:
     """The text is there, all of it where it is a mixture."""
     data = config.data
@@ -194,7 +199,7 @@ def _check_prepared(source: SourceConfig, key: str, choose: str, tokenizer: Toke
         )
         return
     folder = Path(source.path)
-    manifests = sorted([*folder.glob("manifest.json"), *folder.glob("*/manifest.json")])
+    manifests = manifests_of(source.path)
     if not manifests:
         yield Problem(
             f"{key}.path = {source.path} {'has no manifest.json' if folder.is_dir() else 'is not a folder'}",
