@@ -222,8 +222,9 @@ class Stream:
             piece = self._next_piece()
             self._pieces.append(piece)
             held += len(piece.tokens) - piece.first
-        tokens = np.concatenate([piece.tokens[piece.first :] for piece in self._pieces])[: self.seq_len + 1]
-        tokens = tokens.astype(np.int64)
+        # the last piece may be a book: no more of it is touched than the row takes
+        parts = [piece.tokens[piece.first :][: self.seq_len + 1] for piece in self._pieces]
+        tokens = np.concatenate(parts)[: self.seq_len + 1].astype(np.int64)
         labels = tokens[1:].copy()
         starts = np.zeros(self.seq_len, dtype=np.int64) if self.with_starts else None
         at, self.pieces = 0, []
