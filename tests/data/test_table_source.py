@@ -121,9 +121,11 @@ def test_conversations_are_read_and_held_against_their_form(tmp_path: Path) -> N
     assert source.text_bytes == 6
     lines = tmp_path / "a.jsonl"
     for value, words in (
-        ('"text"', "of type str, not a list of messages"),
-        ("[7]", "message 1 is of type int, not an object"),
-        ('[{"role":"user"}]', "message 1 has no text under 'content'"),
+        ('"text"', "of type str, not a list"),
+        ("[7]", "message 1 of 1 is of type int, not an object"),
+        ('[{"role":"user"}]', "message 1 of 1 has no 'content'"),
+        ('[{"role":"assistant","content":null,"tool_calls":[1]}]', "calls tools, .* put the call into its content"),
+        ("[]", "there are no messages"),
     ):
         lines.write_text(f'{{"messages": {value}}}\n')
         with pytest.raises(DataError, match=f"line 1: field 'messages' is no conversation: .*{words}"):

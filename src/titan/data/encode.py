@@ -26,26 +26,11 @@ import jinja2.sandbox
 import numpy as np
 
 from titan.config.schema import RecordFormat, SourceConfig, TokenizerKind
+from titan.data.conversation import BadConversation, check_messages
 from titan.data.tokenizer import JsonTokenizer, Tokenizer, mend
 from titan.errors import ConfigError, Problem
 
-ROLES = ("system", "user", "assistant", "tool")
-"""Who can say something."""
-
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
-
-class BadConversation(ValueError):
-    """A conversation that cannot be encoded.
-
-    Args:
-        message: What is wrong with this one.
-        reason: The same in few words, alike for all with the same mistake, to count them by.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -93,38 +78,6 @@ class Encoder:
         return encode_llama3(self.tokenizer, messages)
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
-    """Return the role and the content of every message of a conversation.
-
-    Raises:
-        BadConversation: If there is none, if one has no known role or no text, or if the assistant says nothing.
-    """
-    if not isinstance(messages, list):
-        _refuse(f"the messages are of type {type(messages).__name__}, not a list", "messages are not a list")
-    if not messages:
-        _refuse("there are no messages", "no messages")
-    checked = []
-    for number, message in enumerate(messages, 1):
-        where = f"message {number} of {len(messages)}"
-        if not isinstance(message, dict):
-            _refuse(f"{where} is of type {type(message).__name__}, not an object", "message is not an object")
-        if "role" not in message or ("content" not in message and not message.get("tool_calls")):
-            missing = "role" if "role" not in message else "content"
-            there = ", ".join(map(repr, message)) or "nothing"
-            _refuse(f"{where} has no {missing!r} (it has {there})", f"message without {missing!r}")
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            _refuse(f"{where} has the role {role!r}; there are {', '.join(ROLES)}", "unknown role")
-        if message.get("tool_calls"):
-            _refuse(f"{where} calls tools, which titan does not write; put the call into its content", "tool calls")
-        if not isinstance(content, str):
-            _refuse(f"{where} has content of type {type(content).__name__}, not text", "content is not text")
-        checked.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" for message in checked):
-        _refuse("the assistant says nothing, so there is nothing to learn", "no assistant turn")
-    return checked
-
-
 def encode_llama3(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encoded:
     """Write a conversation as Llama 3 reads it. A tool's answer has the role ipython there.
 
@@ -159,13 +112,13 @@ def encode_llama2(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encod
     """
     for message in messages:
         if mark := next((mark for mark in _LLAMA2_MARKS if mark in message["content"]), None):
-            _refuse(f"a message has {mark} in it, a mark of Llama 2's format", "a mark of the format")
+            raise BadConversation(f"a message has {mark} in it, a mark of Llama 2's format", "a mark of the format")
     system = ""
     if messages[0]["role"] == "system":
         system, messages = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n", messages[1:]
     roles = [message["role"] for message in messages]
     if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(roles)):
-        _refuse(
+        raise BadConversation(
             f"Llama 2's format has user and assistant take turns, but here: {', '.join(roles)}", "roles out of turn"
         )
     tokens = _Tokens()
@@ -283,7 +236,7 @@ class ChatTemplate:
                 continue
             before, after = self._render(messages[:index], with_prompt=True), self._render(messages[: index + 1])
             if not (whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)):
-                _refuse(
+                raise BadConversation(
                     f"the chat template writes message {index + 1} in another way when it is the last, "
                     "so where the assistant's words are cannot be told",
                     "not written turn by turn",
@@ -321,7 +274,9 @@ class ChatTemplate:
         used = {char for message in messages for char in message["content"] if char in _NO_CHARACTERS}
         free = [char for char in _NO_CHARACTERS if char not in used]
         if len(free) < 2:
-            _refuse("it has all of the code points in it that are no characters", "too many noncharacters")
+            raise BadConversation(
+                "it has all of the code points in it that are no characters", "too many noncharacters"
+            )
         return free[0], free[1]
 
 
@@ -360,7 +315,3 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment
-
-
-def _refuse(message: str, reason: str) -> NoReturn:
-    raise BadConversation(message, reason)

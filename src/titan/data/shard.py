@@ -7,11 +7,12 @@ reported at the end: nothing is dropped in silence.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from titan.config.schema import BadDocuments, RecordFormat, SourceConfig
+from titan.data.conversation import BadConversation, check_messages
 from titan.errors import DataError
 
 Content = str | list[dict[str, Any]]
@@ -46,14 +47,18 @@ class Shard:
     share: tuple[int, int] = (0, 1)
     """Only records whose number, divided by the second, leaves the first are read and accounted for."""
 
-    def read(self, start: int = 0) -> Iterator[Document]:
+    def read(self, start: int = 0, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents from record `start` on.
 
+        Args:
+            start: Counted from 0.
+            skipped: Takes the account of those that are left out, beside what is in it; None for one of its own.
+
         Raises:
-            DataError: At one that cannot be read, unless such are to be skipped.
+            DataError: At one that cannot be read, unless such are to be skipped; and where reading itself fails.
         """
         self.documents = self.text_bytes = 0
-        self.skipped = Counter()
+        self.skipped = Counter() if skipped is None else skipped
         for document in self._read(start):
             if not self.is_in_share(document.record):
                 continue
@@ -84,14 +89,13 @@ class Shard:
         """Yield what a record holds under the field that is to be read; nothing where that is refused."""
         name = field_of(self.config)
         if name not in values:
-            there = f"it has {', '.join(map(repr, values))}"
-            return self.refuse(record, f"no field {name!r} ({there})", f"no field {name!r}", self.naming)
+            return self.refuse(record, no_field(name, values), f"no field {name!r}", self.naming)
         content = values[name]
         if self.config.format is RecordFormat.chat:
-            if wrong := _wrong_messages(content):
-                return self.refuse(
-                    record, f"field {name!r} is no conversation: {wrong}", f"{name!r} is no conversation"
-                )
+            try:
+                check_messages(content)
+            except BadConversation as error:
+                return self.refuse(record, f"field {name!r} is no conversation: {error}", error.reason)
         elif not isinstance(content, str):
             kind = type(content).__name__
             return self.refuse(record, f"field {name!r} is of type {kind}, not text", f"{name!r} is not text")
@@ -133,20 +137,13 @@ def field_of(config: SourceConfig) -> str:
     return config.messages_field if config.format is RecordFormat.chat else config.text_field
 
 
+def no_field(name: str, there: Iterable[str]) -> str:
+    """Return that a field is missing, and which are there."""
+    return f"no field {name!r} (it has {', '.join(map(repr, there))})"
+
+
 def count_bytes(content: Content) -> int:
     """Return the bytes of a document's text in UTF-8."""
     if isinstance(content, str):
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     return sum(count_bytes(message["content"]) for message in content)
-
-
-def _wrong_messages(content: object) -> str:
-    if not isinstance(content, list):
-        return f"it is of type {type(content).__name__}, not a list of messages"
-    for number, message in enumerate(content, 1):
-        if not isinstance(message, dict):
-            return f"message {number} is of type {type(message).__name__}, not an object"
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                return f"message {number} has no text under {name!r}"
-    return ""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titan.config.schema import BadDocuments, DataKind, SourceConfig
-from titan.data.shard import Document, Shard, field_of
+from titan.data.shard import Document, Shard, field_of, no_field
 from titan.errors import DataError
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ def _check_field(config: SourceConfig, where: str, columns: list[str]) -> None:
     name = field_of(config)
     if name not in columns:
         shard = Shard(replace(config, bad_documents=BadDocuments.error), where, 0)
-        there = ", ".join(map(repr, columns))
-        shard.refuse_at(lambda: where, f"no field {name!r} (it has {there})", "", shard.naming)
+        shard.refuse_at(lambda: where, no_field(name, columns), "", shard.naming)
 
 
 def _is_saved(folder: Path) -> bool:
