@@ -6,10 +6,14 @@ reported at the end: nothing is dropped in silence.
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from zstandard import ZstdError
 
 from titan.config.schema import BadDocuments, RecordFormat, SourceConfig
 from titan.data.conversation import BadConversation, check_messages
@@ -106,6 +110,31 @@ class Shard:
         if self.is_in_share(record):
             self.refuse_at(lambda: self.locate(record), message, reason, naming)
 
+    def records_of_share(self, first: int, stop: int) -> range:
+        """Return those of some records that are read."""
+        place, count = self.share
+        return range(first + (place - first) % count, stop, count)
+
+    def refuse_rest(self, record: int, locate: Callable[[], str], error: Exception) -> None:
+        """Refuse what is left of a shard that cannot be read on; counted once, by the share that the record is in.
+
+        Args:
+            record: The first that could not be read.
+            locate: Returns how far reading came; only asked for an error.
+            error: What stopped it.
+
+        Raises:
+            DataError: Unless bad documents are to be skipped, and what is stored is bad. That a file is away or a
+                network down says nothing about documents: they would be lost without being bad.
+        """
+        if not is_damage(error):
+            raise DataError(
+                f"{locate()}: {gist(error)}\n  This is no bad document, and data.bad_documents=skip does not pass over "
+                "it: the same command goes on when it can be read"
+            ) from error
+        if self.config.bad_documents is BadDocuments.error or self.is_in_share(record):
+            self.refuse_at(locate, gist(error), "unreadable file")
+
     def refuse_document(self, document: Document, message: str, reason: str) -> None:
         """Refuse a document that was read, and counted, but cannot be encoded; see `refuse_at`."""
         self.documents -= 1
@@ -135,6 +164,31 @@ class Shard:
 def field_of(config: SourceConfig) -> str:
     """Return the field of a record that holds the document."""
     return config.messages_field if config.format is RecordFormat.chat else config.text_field
+
+
+def is_damage(error: BaseException) -> bool:
+    """Return whether what was read is bad, and not the way to it: the disk, the network, permissions, memory."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, _DAMAGE):
+            return False
+        # pyarrow and gzip say of bad contents OSError too, but without a number of the system's
+        if isinstance(cause, OSError) and (cause.errno is not None or type(cause) not in (OSError, gzip.BadGzipFile)):
+            return False
+        cause = cause.__cause__ or cause.__context__
+    return True
+
+
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError, ZstdError, zlib.error)
+"""What libraries raise at bad contents; the first also for everything else."""
+
+
+def gist(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def no_field(name: str, there: Iterable[str]) -> str:
