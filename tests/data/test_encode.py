@@ -234,7 +234,7 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
 ODD = ("⏹", "10", "oo", "<⏹>", "aba", "ab", "ba<⏹>")
 """Special tokens of one character, of digits, and such that overlap themselves and each other."""
 ODD_TEMPLATE = (
-    "{% for m in messages %}{{ m.role + '10:⏹' + m.content + 'ababa<⏹oo<⏹>ooo' }}{% endfor %}"
+    "{% for m in messages %}{{ m.role + '10:⏹' + m.content + 'ababa<⏹>aba<⏹oo<⏹>ooo' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant10:⏹' }}{% endif %}"
 )
 
@@ -248,7 +248,7 @@ def test_odd_special_tokens_of_a_template_are_found_as_transformers_finds_them(t
     found = Encoder(tokenizer, CHAT).encode(SIMPLE)
     expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(SIMPLE, return_dict=False)
     assert found.tokens.tolist() == expected
-    assert learned_text(tokenizer, found) == ["It is 4.ababa<⏹oo<⏹>ooo"]
+    assert learned_text(tokenizer, found) == ["It is 4.ababa<⏹>aba<⏹oo<⏹>ooo"]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
