@@ -115,3 +115,5 @@ def test_what_was_prepared_is_known_by_its_folder_and_by_its_source(tmp_path: Pa
         assert len(problems(one, two)) == len(problems(two, one)) == 1
     for one, two in [(folder, other), (folder, different), (mixed, different)]:
         assert problems(one, two) == problems(two, one) == []
+    (tmp_path / "a.txt").unlink()
+    assert len(problems(mixed, linked)) == len(problems(linked, mixed)) == 1

@@ -77,6 +77,7 @@ def _texts(source: SourceConfig) -> Iterator[SourceConfig]:
     if source.kind is not DataKind.prepared or not source.path:
         return
     for manifest in manifests_of(source.path):
+        yield SourceConfig(DataKind.prepared, path=str(manifest.parent))
         try:
             told = json.loads(manifest.read_text())["source"]
             names = {name: told[name] for name in ("path", "dataset", "subset", "split")}

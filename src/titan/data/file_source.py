@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from titan.data.shard import Document, Shard, field_of
 PIECE_BYTES = 64 << 20
 """The size of a piece of a file; a change changes where every document is found."""
 _BLOCK_BYTES = 1 << 20
-_UNREADABLE = (OSError, EOFError, zstandard.ZstdError, gzip.zlib.error)  # type: ignore[attr-defined]
+_UNREADABLE = (OSError, EOFError, zlib.error)
 _ZSTD_BYTES = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
 
 
@@ -198,7 +199,10 @@ class _ZstdFile(io.RawIOBase):
                     raise EOFError("the file ends inside a zstd frame")
                 return b""
             self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            plain = self._frame.decompress(self._compressed)
+            try:
+                plain = self._frame.decompress(self._compressed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
             self._compressed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None

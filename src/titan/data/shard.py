@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zstandard import ZstdError
-
 from titan.config.schema import BadDocuments, RecordFormat, SourceConfig
 from titan.data.conversation import BadConversation, check_messages
 from titan.errors import DataError
@@ -172,14 +170,14 @@ def is_damage(error: BaseException) -> bool:
     while cause is not None:
         if not isinstance(cause, _DAMAGE):
             return False
-        # pyarrow and gzip say of bad contents OSError too, but without a number of the system's
+        # at bad contents pyarrow, gzip and titan's own reader of zstd raise it without a number of the system's
         if isinstance(cause, OSError) and (cause.errno is not None or type(cause) not in (OSError, gzip.BadGzipFile)):
             return False
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return True
 
 
-_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError, ZstdError, zlib.error)
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error)
 """What libraries raise at bad contents; the first also for everything else."""
 
 
