@@ -21,6 +21,8 @@ def here(here: Path) -> Path:
     for name in ("documents/hello.txt", "folder_of_empty_files/a.txt", "folder_of_empty_files/b.txt"):
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text("hello\n" if name.startswith("documents") else "")
+    (here / "compressed").mkdir()
+    (here / "compressed" / "a.jsonl.bz2").write_bytes(b"BZh9")
     (here / "garbled.model").write_text("these are words and no ranks\n")
     (here / "empty.model").write_text("")
     ranks = [f"{base64.b64encode(bytes([value])).decode()} {value}\n" for value in range(256)]
@@ -347,6 +349,11 @@ MISTAKES = {
         "data=jsonl data.path=documents",
         "holds no file to read",
         "data.path=/path",
+    ),
+    "a file in a compression that is not read": (
+        "data=jsonl data.path=compressed validation=text validation.data.path=documents",
+        "compressed/a.jsonl.bz2 is in a compression that is not read",
+        "Try  bunzip2 ",
     ),
     "empty files": ("data=text data.path=folder_of_empty_files", "2 files, all of them empty", "data=python_stdlib"),
     "a path that is not read": (

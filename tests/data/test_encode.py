@@ -231,6 +231,66 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
     assert learned_text(tokenizer, Encoder(tokenizer, CHAT).encode(SIMPLE)) == ["It is 4.<|im_end|>"]
 
 
+ODD = ("⏹", "10", "oo", "<⏹>", "aba", "ab", "ba<⏹>")
+"""Special tokens of one character, of digits, and such that overlap themselves and each other."""
+ODD_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + '10:⏹' + m.content + 'ababa<⏹>aba<⏹oo<⏹>ooo' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant10:⏹' }}{% endif %}"
+)
+
+
+def test_odd_special_tokens_of_a_template_are_found_as_transformers_finds_them(tmp_path: Path) -> None:
+    """The first and then the longest, however they overlap, and also where they are the digits of titan's marks."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = write_json_tokenizer(tmp_path, ODD_TEMPLATE, ODD)
+    tokenizer = build_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+    found = Encoder(tokenizer, CHAT).encode(SIMPLE)
+    expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(SIMPLE, return_dict=False)
+    assert found.tokens.tolist() == expected
+    assert learned_text(tokenizer, found) == ["It is 4.ababa<⏹>aba<⏹oo<⏹>ooo"]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.text(st.sampled_from("⏹10o<>abc\ufdd0\ufdd1 "), max_size=12), min_size=2, max_size=2))
+def test_no_message_spells_an_odd_special_token(odd: Tokenizer, contents: list[str]) -> None:
+    """Special tokens of one character, or such that overlap, are text in a message, and come back as it said them."""
+
+    def count(messages: list[dict[str, str]]) -> dict[str, int]:
+        tokens = Encoder(odd, CHAT).encode(messages).tokens
+        return {name: int((tokens == token).sum()) for name, token in odd.special.items()}
+
+    said = conversation(("user", contents[0]), ("assistant", contents[1]))
+    calm = [message | {"content": "calm"} for message in said]
+    assert count(said) == count(calm)
+    text = odd.decode(Encoder(odd, CHAT).encode(said).tokens.tolist())
+    assert text == "".join(f"{each['role']}[⏹{each['content']}<⏹>" for each in said)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer with special tokens that nobody should have."""
+    template = (
+        "{% for m in messages %}{{ m.role + '[⏹' + m.content + '<⏹>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant[⏹' }}{% endif %}"
+    )
+    folder = write_json_tokenizer(tmp_path_factory.mktemp("odd"), template, ODD)
+    return build_tokenizer(TokenizerConfig(kind=TokenizerKind.huggingface, path=str(folder)))
+
+
+def test_too_many_noncharacters_are_a_bad_conversation(odd: Tokenizer) -> None:
+    """Where a message leaves none that could stand for something."""
+    every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    for left, is_enough in ((3, True), (2, False)):  # a guard, a mark, and a special token of one character
+        messages = conversation(("user", every[left:]), ("assistant", "x"))
+        if is_enough:
+            assert len(Encoder(odd, CHAT).encode(messages).tokens)
+            continue
+        with pytest.raises(BadConversation, match=r"30 of the code points .* and 3 of them are needed") as error:
+            Encoder(odd, CHAT).encode(messages)
+        assert error.value.reason == "too many noncharacters"
+
+
 # ---- bad input
 
 BAD: dict[str, tuple[Any, str, str]] = {

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from titan.config.schema import BadDocuments, DataConfig, DataKind
+from titan.data import file_source
 from titan.data.source import Source, open_source
+from titan.data.stream import Cursor, DocumentShare
 from titan.errors import DataError
 
 TEXTS = ["one", "two\nlines", "zażółć 漢字 🙂", "three"]
@@ -293,9 +297,77 @@ def test_a_file_of_no_bytes_holds_no_documents(tmp_path: Path, suffix: str) -> N
     assert contents(source(path)) == []
 
 
-def test_a_file_that_went_away_is_named(tmp_path: Path) -> None:
-    """A file that went away after it was found is an error that names it."""
-    documents = source(write(tmp_path / "a.jsonl", GOOD))
+@pytest.mark.parametrize("bad", ["error", "skip"])
+def test_a_file_that_went_away_is_named(tmp_path: Path, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that names the file, in every piece of it, also where bad documents are skipped: none of them is bad."""
+    monkeypatch.setattr(file_source, "PIECE_BYTES", 10)
+    lines = source(write(tmp_path / "a.jsonl", GOOD * 3), bad=bad)
+    text = source(write(tmp_path / "b.txt", GOOD), "text", bad)
     (tmp_path / "a.jsonl").unlink()
+    (tmp_path / "b.txt").unlink()
     with pytest.raises(DataError, match=r"a\.jsonl, after line 0: No such file"):
-        contents(documents)
+        contents(lines)
+    with pytest.raises(DataError, match=r"a\.jsonl, after line 0 behind byte 10: No such file"):
+        list(lines.shards[1].read())
+    with pytest.raises(DataError, match=r"b\.txt: No such file"):
+        contents(text)
+
+
+def test_a_bad_line_of_a_file_that_went_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its lines cannot be counted any more, the place in the file says where it is."""
+    monkeypatch.setattr(file_source, "PIECE_BYTES", 16)
+    shard = source(write(tmp_path / "a.jsonl", GOOD + GOOD + b"broken\n")).shards[2]
+    opened = file_source._open
+    monkeypatch.setattr(file_source, "_open", lambda file: (opened(file), file.unlink())[0])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1 behind byte 32: broken JSON"):
+        list(shard.read())
+
+
+class Counting(io.BufferedReader):
+    """A file that counts what is taken from it."""
+
+    taken = 0
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        Counting.taken += len(line)
+        return line
+
+
+@pytest.mark.parametrize("size", [39, 40, 41, 997, 998, 999, 1000])
+def test_a_line_over_many_pieces_is_read_by_the_one_it_begins_in(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces that a long line fills end at their own end, so that no byte is read more than a few times."""
+    monkeypatch.setattr(file_source, "PIECE_BYTES", 20)
+    texts = ["a", "b" * size, "c", "d" * 13, "", "e" * size]
+    path = write(tmp_path / "a.jsonl", b"".join(b'{"text":"%b"}\n' % text.encode() for text in texts))
+    monkeypatch.setattr(file_source, "_open", lambda file: Counting(io.FileIO(file)))
+    monkeypatch.setattr(Counting, "taken", 0)
+    documents = source(path)
+    assert contents(documents) == [text for text in texts if text]
+    assert len(documents.shards) > 2 * size // 20
+    assert Counting.taken < 2.2 * path.stat().st_size + 100
+
+
+def test_texts_of_other_streams_are_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of files that many streams share, each is read by one of them."""
+    for number in range(10):
+        write(tmp_path / f"{number}.txt", b"text")
+    opened: list[Path] = []
+    real = file_source._open
+    monkeypatch.setattr(file_source, "_open", lambda file: opened.append(file) or real(file))
+    documents = source(tmp_path, "text")
+    for stream in range(8):
+        assert list(DocumentShare(documents, stream, 8, "key").read(Cursor(), Counter()))
+    assert sorted(opened) == documents.files
+
+
+def test_a_damaged_archive_that_streams_share_is_counted_once(tmp_path: Path) -> None:
+    """All of them come to the damage; the one that would have read on there counts it."""
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl("a", "b", "c")) + gzip.compress(jsonl("c"))[:20])
+    documents, skipped = source(path, bad="skip"), Counter[str]()
+    read = [list(DocumentShare(documents, stream, 5, "key").read(Cursor(), skipped)) for stream in range(5)]
+    assert sum(map(len, read)) == 3
+    assert skipped == {"unreadable file": 1}

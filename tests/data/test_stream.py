@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from titan.config.schema import BadDocuments, DataConfig, Packing
 from titan.data.batch import IGNORED_LABEL
 from titan.data.digest import row_digest, step_digest
+from titan.data.encode import Encoded
 from titan.data.loader import Step
 from titan.data.rows import Row
 from titan.data.source import open_source
@@ -195,3 +197,18 @@ def test_bytes_and_tokens_so_far_are_known(texts: tuple[Path, dict[str, Shards]]
     assert (tokens - text_bytes) % 2 == 0
     next(steps)
     assert feed.tokens_to_bytes > (tokens, text_bytes)
+
+
+def test_a_row_takes_no_more_of_a_document_than_it_needs(tmp_path: Path) -> None:
+    """A document of millions of tokens is not copied for every row that is cut from it."""
+    source = open_source(write_jsonl(tmp_path, json.dumps({"text": "book"})))
+    share, book = DocumentShare(source, 0, 1, "key"), np.arange(2_000_000, dtype=np.uint32)
+    stream = Stream(share, lambda _: Encoded(book), SEQ_LEN, 5, Packing.concat, 0, True, Cursor())
+    stream.next_row()
+    tracemalloc.start()
+    try:
+        rows = [stream.next_row() for _ in range(3)]
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+    assert np.concatenate([row.inputs for row in rows]).tolist() == list(range(SEQ_LEN, 4 * SEQ_LEN))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from titan.config.schema import BadDocuments, DataConfig, DataKind, RecordFormat
 from titan.data import table_source
+from titan.data.shard import Shard
 from titan.data.source import Source, open_source
-from titan.data.table_source import _explain
+from titan.data.stream import Cursor, DocumentShare
+from titan.data.table_source import PartShard, _explain
 from titan.errors import DataError
 
 TEXTS = [f"text {number} ä" for number in range(250)]
@@ -121,9 +128,11 @@ def test_conversations_are_read_and_held_against_their_form(tmp_path: Path) -> N
     assert source.text_bytes == 6
     lines = tmp_path / "a.jsonl"
     for value, words in (
-        ('"text"', "of type str, not a list of messages"),
-        ("[7]", "message 1 is of type int, not an object"),
-        ('[{"role":"user"}]', "message 1 has no text under 'content'"),
+        ('"text"', "of type str, not a list"),
+        ("[7]", "message 1 of 1 is of type int, not an object"),
+        ('[{"role":"user"}]', "message 1 of 1 has no 'content'"),
+        ('[{"role":"assistant","content":null,"tool_calls":[1]}]', "calls tools, .* put the call into its content"),
+        ("[]", "there are no messages"),
     ):
         lines.write_text(f'{{"messages": {value}}}\n')
         with pytest.raises(DataError, match=f"line 1: field 'messages' is no conversation: .*{words}"):
@@ -143,3 +152,150 @@ def test_conversations_are_read_and_held_against_their_form(tmp_path: Path) -> N
 def test_what_the_hub_says_is_explained(error: Exception, words: str) -> None:
     """Offline, missing, private and gated datasets are told apart, each with what to do."""
     assert words in str(_explain(config("huggingface", dataset="a/b"), error))
+
+
+def not_utf8(*values: bytes) -> pyarrow.Array:
+    """Return a column of text that holds any bytes."""
+    ends = [sum(map(len, values[:count])) for count in range(len(values) + 1)]
+    buffers = [None, pyarrow.array(ends, pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"".join(values))]
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(values), buffers)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_value_that_is_not_utf8_is_one_bad_document(tmp_path: Path, kind: str) -> None:
+    """It is named by its row, or counted, and those beside it are read."""
+    table = pyarrow.table({"text": not_utf8(b"fine", b"n\xffo", b"yes")})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    else:
+        datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    settings: dict[str, Any] = {"kind": "parquet", "path": tmp_path / "a.parquet"}
+    if kind == "saved":
+        settings = {"kind": "arrow", "path": tmp_path / "saved"}
+    with pytest.raises(DataError, match=r"row 1: not UTF-8 \(invalid start byte at byte 1\)"):
+        texts(open_source(config(**settings)))
+    source = open_source(config(**settings, bad_documents=BadDocuments.skip))
+    assert texts(source) == ["fine", "yes"]
+    assert source.skipped == {"not UTF-8": 1}
+
+
+def test_row_groups_are_read_as_datasets_reads_them(tmp_path: Path) -> None:
+    """Whatever Arrow's type for a text or a conversation, in any number of row groups, from any row on."""
+    words = [f"wört {number}" for number in range(2500)]
+    messages = [[{"role": "user", "content": word}, {"role": "assistant", "content": word}] for word in words]
+    columns = {
+        "plain": pyarrow.array(words),
+        "large": pyarrow.array(words, pyarrow.large_string()),
+        "by number": pyarrow.array(words).dictionary_encode(),
+        "a.b": pyarrow.array(words),
+        "chat": pyarrow.array(messages),
+    }
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), file, row_group_size=1100)
+    expected = list(datasets.load_dataset("parquet", data_files=[str(file)], split="train", streaming=True))
+    for name in columns:
+        options = {"format": RecordFormat.chat, "messages_field": name} if name == "chat" else {"text_field": name}
+        source = open_source(config("parquet", path=file, **options))
+        assert [document.content for document in source] == [row[name] for row in expected]
+        assert [shard.name for shard in source.shards] == [f"{file}[{index} of 3]" for index in range(3)]
+        (rest,) = source.shards[1].read(1099)
+        assert rest.content == expected[2199][name]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_rows_of_other_streams_are_not_turned_into_text(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a table that many streams share, each row becomes a document in one of them and is looked at by no other."""
+    picked: Counter[int] = Counter()
+    pick = Shard.pick
+    monkeypatch.setattr(
+        Shard, "pick", lambda self, values, record: picked.update([record]) or pick(self, values, record)
+    )
+    path = folder / kind
+    source = open_source(config("parquet" if kind == "parquet" else "arrow", path=path), streaming=True)
+    read = [
+        document.content
+        for stream in range(7)
+        for _, document in DocumentShare(source, stream, 7, "key").read(Cursor(), Counter())
+    ]
+    assert sorted(map(str, read)) == sorted(TEXTS)
+    assert picked.total() == len(TEXTS)
+
+
+class Failing:
+    """Rows of the hub that fail after two."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def with_format(self, _: str) -> Failing:
+        return self
+
+    def iter(self, batch_size: int) -> Any:
+        assert batch_size > 2
+        yield pyarrow.table({"text": ["a", "b"]})
+        raise self.error
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    """Return an error that comes of another."""
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("connection reset by the hub"),
+        TimeoutError(),
+        OSError(errno.EIO, "Input/output error"),
+        FileNotFoundError("gone"),
+        httpx.ReadTimeout("read timed out"),
+        caused(ValueError("cannot read"), httpx.ConnectError("no route")),
+        MemoryError(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("bad", ["error", "skip"])
+def test_a_network_that_fails_loses_no_document(error: Exception, bad: str) -> None:
+    """It is an error whatever is to become of bad documents: the rest of the shard is good, and would be lost."""
+    shard = PartShard(config("huggingface", bad_documents=BadDocuments[bad]), "a", 1, rows=Failing(error), where="a/b")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a/b, after row 2: (.|\n)*This is no bad document"):
+        list(shard.read())
+
+
+@pytest.mark.parametrize(
+    "error", [pyarrow.ArrowInvalid("Invalid: bad page"), OSError("Corrupt snappy compressed data."), KeyError("text")]
+)
+def test_bad_contents_can_be_skipped(error: Exception) -> None:
+    """What is stored wrongly will be so tomorrow: it is a bad document, counted once whatever number of streams."""
+    shard = PartShard(config("huggingface"), "a", 1, rows=Failing(error), where="a/b")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a/b, after row 2: (.|\n)*data\.bad_documents=skip leaves"):
+        list(shard.read())
+    shard.config = config("huggingface", bad_documents=BadDocuments.skip)
+    assert [document.content for document in shard.read()] == ["a", "b"]
+    assert shard.skipped == {"unreadable file": 1}
+    skipped: Counter[str] = Counter()
+    for stream in range(3):
+        shard.share = (stream, 3)
+        list(shard.read(0, skipped))
+    assert skipped == {"unreadable file": 1}
+
+
+def test_damage_in_a_row_group_is_bad_contents(tmp_path: Path) -> None:
+    """A parquet file whose pages are spoiled is refused with its place, or counted, and what is good is read."""
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), file, row_group_size=125, use_dictionary=False)
+    at = pyarrow.parquet.ParquetFile(file).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[at : at + 60] = b"\xff" * 60
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet, row group 1, after row 0: "):
+        texts(open_source(config("parquet", path=file)))
+    source = open_source(config("parquet", path=file, bad_documents=BadDocuments.skip))
+    assert texts(source) == TEXTS[:125]
+    assert source.skipped == {"unreadable file": 1}
+    file.unlink()
+    with pytest.raises(DataError, match=r"a\.parquet, row group 0, after row 0: .*No such file"):
+        texts(source)

@@ -28,8 +28,17 @@ CHAT_TEMPLATE = (
 """As ChatML, after a begin of text."""
 
 
-def write_json_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE, **settings: object) -> Path:
-    """Write a folder as transformers does: byte pairs in a tokenizer.json, and the settings beside it."""
+def write_json_tokenizer(
+    folder: Path, chat_template: str | None = CHAT_TEMPLATE, special: tuple[str, ...] = (), **settings: object
+) -> Path:
+    """Write a folder as transformers does: byte pairs in a tokenizer.json, and the settings beside it.
+
+    Args:
+        folder: Where to.
+        chat_template: In the settings.
+        special: More special tokens.
+        settings: More of them.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -39,8 +48,8 @@ def write_json_tokenizer(folder: Path, chat_template: str | None = CHAT_TEMPLATE
     tokenizer.train_from_iterator(
         [TEXT] * 3, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     )
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    names = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *special]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in names])
     tokenizer.add_tokens([AddedToken("<think>", normalized=False, special=False)])
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

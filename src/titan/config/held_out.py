@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from titan.config.files import NotReadable
 from titan.config.schema import DataKind, SourceConfig, TitanConfig
-from titan.config.sources import check_source, files_of, sources_of
+from titan.config.sources import check_source, files_of, manifests_of, sources_of
 from titan.errors import Problem
 
 _CHOOSE = "validation=text validation.data.path=/path/to/held_out   or  validation=none"
@@ -43,37 +50,123 @@ def check_validation(config: TitanConfig) -> Iterator[Problem]:
 
 
 def _check_is_held_out(data: SourceConfig, config: TitanConfig) -> Iterator[Problem]:
-    mine = {_identity(file): file for file in files_of(data)}
+    held_out = list(_texts(data))
+    mine = _files(held_out)
     for where, source in sources_of(config.data).items():
-        if _names(source) and _names(source) == _names(data):
-            what = ", ".join(f"{name} = {value}" for name, value in _names(data).items())
-            is_hub = data.kind is DataKind.huggingface
+        trained = list(_texts(source))
+        if pair := next((pair for pair in itertools.product(held_out, trained) if _overlap(*pair)), None):
+            one, other = map(_describe, pair)
+            hint = f"'{where}.split=\"train[1%:]\"' 'validation.data.split=\"train[:1%]\"'"
             yield Problem(
-                f"validation.data is the same as {where}: {what}",
+                f"validation.data is {one}, and {where} trains on {'the same' if one == other else other}",
                 "A loss on text that is trained on would say nothing new.",
-                "validation.data.split=validation" if is_hub else _CHOOSE,
+                f"validation.data.split=validation   or  {hint}" if data.kind is DataKind.huggingface else _CHOOSE,
             )
-            continue
-        both = sorted(mine[each] for each in {_identity(file) for file in files_of(source)} & mine.keys())
-        if both:
+        elif both := sorted(mine[each] for each in _files(trained).keys() & mine.keys()):
             count = f"{len(both):,} file{'s' * (len(both) != 1)}"
             yield Problem(
                 f"validation.data has {count} that {where} trains on: {both[0]}{', ...' * (len(both) > 1)}",
                 "A loss on text that is trained on would say nothing new.",
-                _CHOOSE
-                if source.kind is DataKind.python_stdlib
-                else f"{where}.path=/path/without/them   or  {_CHOOSE}",
+                f"{where}.path=/path/without/them   or  {_CHOOSE}" if source.path else _CHOOSE,
             )
 
 
-def _names(source: SourceConfig) -> dict[str, str | None]:
-    """Return what says which text a source is, where it is not files."""
-    if source.kind is DataKind.huggingface:
-        return {"dataset": source.dataset, "subset": source.subset, "split": source.split}
-    return {"path": source.path} if source.kind is DataKind.prepared else {}
+def _texts(source: SourceConfig) -> Iterator[SourceConfig]:
+    """Yield a source, and where it is prepared also the sources that it was made from."""
+    yield source
+    if source.kind is not DataKind.prepared or not source.path:
+        return
+    for manifest in manifests_of(source.path):
+        yield SourceConfig(DataKind.prepared, path=str(manifest.parent))
+        try:
+            told = json.loads(manifest.read_text())["source"]
+            names = {name: told[name] for name in ("path", "dataset", "subset", "split")}
+            yield SourceConfig(DataKind[told["kind"]], **names)
+        except (OSError, ValueError, LookupError, TypeError):  # which the run will say in full
+            continue
 
 
-def _identity(file: Path) -> tuple[int, int]:
-    """Return what a file is known by under all its names, links included."""
-    status = os.stat(file)
-    return status.st_dev, status.st_ino
+def _files(sources: list[SourceConfig]) -> dict[tuple[int, int], Path]:
+    """Return the files of some sources, by what each is known by under all its names."""
+    found = {}
+    for source in sources:
+        with contextlib.suppress(NotReadable, OSError):  # which is told of the source
+            for file in files_of(source):
+                status = file.stat()
+                found[status.st_dev, status.st_ino] = file
+    return found
+
+
+def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
+    """Return whether two sources that are no files may have a document in common."""
+    if one.kind is not other.kind or _place(one) != _place(other):
+        return False
+    if one.kind is DataKind.huggingface:
+        return any(mine.overlaps(theirs) for mine in _slices(one.split) for theirs in _slices(other.split))
+    return one.kind is DataKind.prepared
+
+
+def _place(source: SourceConfig) -> tuple[str | None, str]:
+    """Return the one spelling of where a source is: a folder without its links, or a dataset's name; and the subset."""
+    name = source.dataset if source.kind is DataKind.huggingface else source.path
+    return os.path.realpath(name) if name and os.path.isdir(name) else name, source.subset or "default"
+
+
+def _describe(source: SourceConfig) -> str:
+    if source.kind is DataKind.prepared:
+        return f"prepared in {source.path}"
+    return f"the split {source.split} of {source.dataset}{f' ({source.subset})' if source.subset else ''}"
+
+
+# ---- splits of a dataset
+
+
+class _Edge(NamedTuple):
+    """Where a slice of a split begins or ends."""
+
+    unit: str
+    """Documents, or percent with the way they are rounded."""
+    is_from_end: bool
+    number: int
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """One of the parts that a split such as train[:10%]+test consists of."""
+
+    split: str
+    first: _Edge | None = None
+    """None is the beginning."""
+    stop: _Edge | None = None
+    """None is the end."""
+
+    def is_before(self, other: _Slice) -> bool:
+        """Return whether it surely ends before the other begins: both edges are counted alike."""
+        if self.stop is None or other.first is None or self.stop[:2] != other.first[:2]:
+            return False
+        return self.stop.number <= other.first.number
+
+    def overlaps(self, other: _Slice) -> bool:
+        """Return whether it may have a document that the other has too."""
+        if self.split != other.split and "all" not in (self.split, other.split):
+            return False
+        return not (self.is_before(other) or other.is_before(self))
+
+
+_SLICE = re.compile(r"([^\[(]+)(?:\[(-?[\d_]+)?(%)?:(-?[\d_]+)?(%)?\])?(?:\((\w+)\))?")
+"""As the datasets library reads it."""
+
+
+def _slices(split: str) -> Iterator[_Slice]:
+    for part in split.split("+"):
+        found = _SLICE.fullmatch(part.strip())
+        if found is None:  # which the library will refuse
+            yield _Slice(part.partition("[")[0].strip())
+            continue
+        name, first, first_percent, stop, stop_percent, rounding = found.groups()
+        unit = f"% {rounding or 'closest'}" if first_percent or stop_percent else "documents"
+        yield _Slice(name, _edge(first, unit), _edge(stop, unit))
+
+
+def _edge(number: str | None, unit: str) -> _Edge | None:
+    return None if number is None else _Edge(unit, int(number) < 0, int(number))

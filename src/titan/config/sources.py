@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from titan.config.files import SUFFIXES, find_files, find_standard_library
+from titan.config.files import SUFFIXES, NotReadable, find_files, find_standard_library
 from titan.config.schema import DataConfig, DataKind, RecordFormat, SourceConfig, TitanConfig, TokenizerConfig
 from titan.errors import Problem
 
@@ -24,10 +24,19 @@ def sources_of(data: DataConfig) -> dict[str, SourceConfig]:
 
 
 def files_of(source: SourceConfig) -> list[Path]:
-    """Return the files of a source that is nothing but files; none for a dataset, and for what is prepared."""
+    """Return the files of a source that is nothing but files; none for a dataset, and for what is prepared.
+
+    Raises:
+        NotReadable: At one that may not be read.
+    """
     if source.kind is DataKind.python_stdlib:
         return find_standard_library()
     return find_files(source.path, source.kind.name) if source.kind.name in SUFFIXES and source.path else []
+
+
+def manifests_of(path: str) -> list[Path]:
+    """Return the manifests of what is prepared in a folder: one, or one for each component of a mixture."""
+    return sorted([*Path(path).glob("manifest.json"), *Path(path).glob("*/manifest.json")])
 
 
 def check_data(config: TitanConfig) -> Iterator[Problem]:
@@ -145,7 +154,11 @@ def _check_files(source: SourceConfig, key: str, choose: str) -> Iterator[Proble
         )
         return
     without = _WITHOUT.get(key, f"{key}.kind=python_stdlib")
-    files = files_of(source)
+    try:
+        files = files_of(source)
+    except NotReadable as error:
+        yield Problem(f"{key}.path = {source.path}: {error.what}", suggestion=error.suggestion)
+        return
     if not files:
         exists = Path(source.path).is_dir()
         yield Problem(
@@ -186,7 +199,7 @@ def _check_prepared(source: SourceConfig, key: str, choose: str, tokenizer: Toke
         )
         return
     folder = Path(source.path)
-    manifests = sorted([*folder.glob("manifest.json"), *folder.glob("*/manifest.json")])
+    manifests = manifests_of(source.path)
     if not manifests:
         yield Problem(
             f"{key}.path = {source.path} {'has no manifest.json' if folder.is_dir() else 'is not a folder'}",

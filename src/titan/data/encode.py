@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -26,26 +27,11 @@ import jinja2.sandbox
 import numpy as np
 
 from titan.config.schema import RecordFormat, SourceConfig, TokenizerKind
+from titan.data.conversation import BadConversation, check_messages
 from titan.data.tokenizer import JsonTokenizer, Tokenizer, mend
 from titan.errors import ConfigError, Problem
 
-ROLES = ("system", "user", "assistant", "tool")
-"""Who can say something."""
-
 _LLAMA2_MARKS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
-
-
-class BadConversation(ValueError):
-    """A conversation that cannot be encoded.
-
-    Args:
-        message: What is wrong with this one.
-        reason: The same in few words, alike for all with the same mistake, to count them by.
-    """
-
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -93,38 +79,6 @@ class Encoder:
         return encode_llama3(self.tokenizer, messages)
 
 
-def check_messages(messages: object) -> list[dict[str, str]]:
-    """Return the role and the content of every message of a conversation.
-
-    Raises:
-        BadConversation: If there is none, if one has no known role or no text, or if the assistant says nothing.
-    """
-    if not isinstance(messages, list):
-        _refuse(f"the messages are of type {type(messages).__name__}, not a list", "messages are not a list")
-    if not messages:
-        _refuse("there are no messages", "no messages")
-    checked = []
-    for number, message in enumerate(messages, 1):
-        where = f"message {number} of {len(messages)}"
-        if not isinstance(message, dict):
-            _refuse(f"{where} is of type {type(message).__name__}, not an object", "message is not an object")
-        if "role" not in message or ("content" not in message and not message.get("tool_calls")):
-            missing = "role" if "role" not in message else "content"
-            there = ", ".join(map(repr, message)) or "nothing"
-            _refuse(f"{where} has no {missing!r} (it has {there})", f"message without {missing!r}")
-        role, content = message["role"], message.get("content")
-        if role not in ROLES:
-            _refuse(f"{where} has the role {role!r}; there are {', '.join(ROLES)}", "unknown role")
-        if message.get("tool_calls"):
-            _refuse(f"{where} calls tools, which titan does not write; put the call into its content", "tool calls")
-        if not isinstance(content, str):
-            _refuse(f"{where} has content of type {type(content).__name__}, not text", "content is not text")
-        checked.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" for message in checked):
-        _refuse("the assistant says nothing, so there is nothing to learn", "no assistant turn")
-    return checked
-
-
 def encode_llama3(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encoded:
     """Write a conversation as Llama 3 reads it. A tool's answer has the role ipython there.
 
@@ -159,13 +113,13 @@ def encode_llama2(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encod
     """
     for message in messages:
         if mark := next((mark for mark in _LLAMA2_MARKS if mark in message["content"]), None):
-            _refuse(f"a message has {mark} in it, a mark of Llama 2's format", "a mark of the format")
+            raise BadConversation(f"a message has {mark} in it, a mark of Llama 2's format", "a mark of the format")
     system = ""
     if messages[0]["role"] == "system":
         system, messages = f"<<SYS>>\n{messages[0]['content']}\n<</SYS>>\n\n", messages[1:]
     roles = [message["role"] for message in messages]
     if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(roles)):
-        _refuse(
+        raise BadConversation(
             f"Llama 2's format has user and assistant take turns, but here: {', '.join(roles)}", "roles out of turn"
         )
     tokens = _Tokens()
@@ -239,6 +193,10 @@ class ChatTemplate:
                     )
                 ]
             )
+        special = sorted(tokenizer.special, key=len, reverse=True)  # of two that begin alike the longer one is meant
+        self._special = re.compile("|".join(map(re.escape, special)) or _NEVER)
+        self._single = [token for token in special if len(token) == 1]
+        self._beginnings = re.compile("|".join(_beginnings(special)) or _NEVER)
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -251,11 +209,14 @@ class ChatTemplate:
         Raises:
             BadConversation: If the template refuses it, or does not write it one turn after the other.
         """
-        guard, mark = self._unused(messages)
-        messages = [message | {"content": self._guard(mend(message["content"]), guard)} for message in messages]
+        guard, mark, *free = self._unused(messages)
+        stand_ins = dict(zip(self._single, free, strict=True))
+        messages = [
+            message | {"content": self._guard(mend(message["content"]), guard, stand_ins)} for message in messages
+        ]
         whole = self._render(messages)
         spans = self._spans(messages, whole)
-        text, spans = self._mark(whole, spans, guard, mark)
+        text, spans = self._mark(whole, spans, guard, mark, stand_ins)
         tokens, places = self.tokenizer.encode_marked(text, mark)
         starts = np.array([start for start, _ in places], np.int64)
         learned = np.zeros(len(tokens), bool)
@@ -283,7 +244,7 @@ class ChatTemplate:
                 continue
             before, after = self._render(messages[:index], with_prompt=True), self._render(messages[: index + 1])
             if not (whole.startswith(before) and whole.startswith(after) and len(before) <= len(after)):
-                _refuse(
+                raise BadConversation(
                     f"the chat template writes message {index + 1} in another way when it is the last, "
                     "so where the assistant's words are cannot be told",
                     "not written turn by turn",
@@ -296,37 +257,53 @@ class ChatTemplate:
         turn = whole[start:stop].rstrip()
         return start + len(turn) if any(turn.endswith(token) for token in self.tokenizer.special) else stop
 
-    def _guard(self, content: str, guard: str) -> str:
-        """Break every special token that a message spells, with a character that is taken out again."""
-        for token in self.tokenizer.special:
-            content = content.replace(token, f"{token[0]}{guard}{token[1:]}") if len(token) > 1 else content
-        return content
+    def _guard(self, content: str, guard: str, stand_ins: dict[str, str]) -> str:
+        """Break every special token that a message spells, with a character that is taken out again.
+
+        One of a single character cannot be broken: another character stands for it meanwhile.
+        """
+        return self._beginnings.sub(lambda found: stand_ins.get(found[0], found[0] + guard), content)
 
     def _mark(
-        self, whole: str, spans: list[tuple[int, int]], guard: str, mark: str
+        self, whole: str, spans: list[tuple[int, int]], guard: str, mark: str, stand_ins: dict[str, str]
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Put marks for the template's special tokens, and take the guards out; the spans move along."""
+        """Put marks for the template's special tokens, and messages' own characters back; the spans move along."""
+        marks = self.tokenizer.marks_of(mark)
         edges = [0, *(edge for span in spans for edge in span), len(whole)]
         pieces = []
         for start, stop in itertools.pairwise(edges):
-            piece = whole[start:stop]
-            for token in sorted(self.tokenizer.special, key=len, reverse=True):
-                piece = piece.replace(token, self.tokenizer.mark_of(token, mark))
-            pieces.append(piece.replace(guard, ""))
+            piece = self._special.sub(lambda found: marks[found[0]], whole[start:stop]).replace(guard, "")
+            for token, stand_in in stand_ins.items():
+                piece = piece.replace(stand_in, token)
+            pieces.append(piece)
         moved = np.cumsum([len(piece) for piece in pieces]).tolist()
         return "".join(pieces), [(moved[2 * index], moved[2 * index + 1]) for index in range(len(spans))]
 
-    def _unused(self, messages: list[dict[str, str]]) -> tuple[str, str]:
-        """Return two characters that stand for nothing in Unicode and are in no message."""
-        used = {char for message in messages for char in message["content"] if char in _NO_CHARACTERS}
+    def _unused(self, messages: list[dict[str, str]]) -> list[str]:
+        """Return characters that stand for nothing in Unicode and are in no message: a guard, a mark, stand-ins."""
+        used = {char for message in messages for char in _NONCHARACTER.findall(message["content"])}
         free = [char for char in _NO_CHARACTERS if char not in used]
-        if len(free) < 2:
-            _refuse("it has all of the code points in it that are no characters", "too many noncharacters")
-        return free[0], free[1]
+        count = 2 + len(self._single)
+        if len(free) < count:
+            raise BadConversation(
+                f"it has {len(used)} of the code points in it that are no characters, and {count} of them are needed",
+                "too many noncharacters",
+            )
+        return free[:count]
+
+
+def _beginnings(special: list[str]) -> list[str]:
+    """Return patterns of the first characters of special tokens, where the rest of one follows."""
+    rests: dict[str, list[str]] = {}
+    for token in special:
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    return [f"{re.escape(first)}(?={'|'.join(after)})" for first, after in rests.items()]
 
 
 _NO_CHARACTERS = "".join(map(chr, range(0xFDD0, 0xFDF0)))
 """Code points that Unicode keeps free for use inside of a program."""
+_NEVER = r"(?!)"
+_NONCHARACTER = re.compile(f"[{_NO_CHARACTERS}]")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -360,7 +337,3 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     return environment
-
-
-def _refuse(message: str, reason: str) -> NoReturn:
-    raise BadConversation(message, reason)

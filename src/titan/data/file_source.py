@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from titan.data.shard import Document, Shard, field_of
 PIECE_BYTES = 64 << 20
 """The size of a piece of a file; a change changes where every document is found."""
 _BLOCK_BYTES = 1 << 20
-_UNREADABLE = (OSError, EOFError, zstandard.ZstdError, gzip.zlib.error)  # type: ignore[attr-defined]
+_UNREADABLE = (OSError, EOFError, zlib.error)
 _ZSTD_BYTES = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
 
 
@@ -63,13 +64,13 @@ class TextShard(Shard):
         return str(self.path)
 
     def _read(self, start: int) -> Iterator[Document]:
-        if start > 0:
+        if start > 0 or not self.is_in_share(0):
             return
         try:
             with _open(self.path) as stream:
                 content = b"".join(iter(lambda: stream.read(_BLOCK_BYTES), b""))
         except _UNREADABLE as error:
-            self.refuse(0, _reason(error), "unreadable file")
+            self.refuse_rest(0, partial(self.locate, 0), error)
             return
         try:
             yield Document(content.decode("utf-8"), 0)
@@ -90,7 +91,7 @@ class LinesShard(Shard):
 
     def locate(self, record: int) -> str:
         """Return the file and the line in it; reads what is before the piece to count its lines."""
-        return f"{self.path}, line {self._lines_before() + record + 1}"
+        return f"{self.path}, {self._line(record + 1)}"
 
     def _read(self, start: int) -> Iterator[Document]:
         lines = self._open_lines()
@@ -99,7 +100,7 @@ class LinesShard(Shard):
             try:
                 line = next(lines, None)
             except _UNREADABLE as error:
-                self.refuse_at(partial(self._after, record), _reason(error), "unreadable file")
+                self.refuse_rest(record, partial(self._after, record), error)
                 return
             if line is None:
                 return
@@ -127,13 +128,22 @@ class LinesShard(Shard):
             at = self.begin
             if at:  # the line that goes over the edge belongs to the piece before
                 stream.seek(at - 1)
-                at += len(stream.readline()) - 1
+                over = stream.readline(self.end - at + 1)
+                if not over.endswith(b"\n"):  # and so do all of this piece, which may be one of many that it fills
+                    return
+                at += len(over) - 1
             while at < self.end and (line := stream.readline()):
                 yield line
                 at += len(line)
 
     def _after(self, records: int) -> str:
-        return f"{self.path}, after line {self._lines_before() + records}"
+        return f"{self.path}, after {self._line(records)}"
+
+    def _line(self, number: int) -> str:
+        try:
+            return f"line {self._lines_before() + number}"
+        except OSError:  # the file has gone away
+            return f"line {number} behind byte {self.begin:,}"
 
     def _lines_before(self) -> int:
         if not self.begin:
@@ -189,15 +199,12 @@ class _ZstdFile(io.RawIOBase):
                     raise EOFError("the file ends inside a zstd frame")
                 return b""
             self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
-            plain = self._frame.decompress(self._compressed)
+            try:
+                plain = self._frame.decompress(self._compressed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
             self._compressed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame = None
             if plain:
                 return plain
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__

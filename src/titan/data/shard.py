@@ -6,12 +6,15 @@ reported at the end: nothing is dropped in silence.
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from titan.config.schema import BadDocuments, RecordFormat, SourceConfig
+from titan.data.conversation import BadConversation, check_messages
 from titan.errors import DataError
 
 Content = str | list[dict[str, Any]]
@@ -46,14 +49,18 @@ class Shard:
     share: tuple[int, int] = (0, 1)
     """Only records whose number, divided by the second, leaves the first are read and accounted for."""
 
-    def read(self, start: int = 0) -> Iterator[Document]:
+    def read(self, start: int = 0, skipped: Counter[str] | None = None) -> Iterator[Document]:
         """Yield the documents from record `start` on.
 
+        Args:
+            start: Counted from 0.
+            skipped: Takes the account of those that are left out, beside what is in it; None for one of its own.
+
         Raises:
-            DataError: At one that cannot be read, unless such are to be skipped.
+            DataError: At one that cannot be read, unless such are to be skipped; and where reading itself fails.
         """
         self.documents = self.text_bytes = 0
-        self.skipped = Counter()
+        self.skipped = Counter() if skipped is None else skipped
         for document in self._read(start):
             if not self.is_in_share(document.record):
                 continue
@@ -84,14 +91,13 @@ class Shard:
         """Yield what a record holds under the field that is to be read; nothing where that is refused."""
         name = field_of(self.config)
         if name not in values:
-            there = f"it has {', '.join(map(repr, values))}"
-            return self.refuse(record, f"no field {name!r} ({there})", f"no field {name!r}", self.naming)
+            return self.refuse(record, no_field(name, values), f"no field {name!r}", self.naming)
         content = values[name]
         if self.config.format is RecordFormat.chat:
-            if wrong := _wrong_messages(content):
-                return self.refuse(
-                    record, f"field {name!r} is no conversation: {wrong}", f"{name!r} is no conversation"
-                )
+            try:
+                check_messages(content)
+            except BadConversation as error:
+                return self.refuse(record, f"field {name!r} is no conversation: {error}", error.reason)
         elif not isinstance(content, str):
             kind = type(content).__name__
             return self.refuse(record, f"field {name!r} is of type {kind}, not text", f"{name!r} is not text")
@@ -101,6 +107,31 @@ class Shard:
         """Refuse a record; see `refuse_at`."""
         if self.is_in_share(record):
             self.refuse_at(lambda: self.locate(record), message, reason, naming)
+
+    def records_of_share(self, first: int, stop: int) -> range:
+        """Return those of some records that are read."""
+        place, count = self.share
+        return range(first + (place - first) % count, stop, count)
+
+    def refuse_rest(self, record: int, locate: Callable[[], str], error: Exception) -> None:
+        """Refuse what is left of a shard that cannot be read on; counted once, by the share that the record is in.
+
+        Args:
+            record: The first that could not be read.
+            locate: Returns how far reading came; only asked for an error.
+            error: What stopped it.
+
+        Raises:
+            DataError: Unless bad documents are to be skipped, and what is stored is bad. That a file is away or a
+                network down says nothing about documents: they would be lost without being bad.
+        """
+        if not is_damage(error):
+            raise DataError(
+                f"{locate()}: {gist(error)}\n  This is no bad document, and data.bad_documents=skip does not pass over "
+                "it: the same command goes on when it can be read"
+            ) from error
+        if self.config.bad_documents is BadDocuments.error or self.is_in_share(record):
+            self.refuse_at(locate, gist(error), "unreadable file")
 
     def refuse_document(self, document: Document, message: str, reason: str) -> None:
         """Refuse a document that was read, and counted, but cannot be encoded; see `refuse_at`."""
@@ -133,20 +164,38 @@ def field_of(config: SourceConfig) -> str:
     return config.messages_field if config.format is RecordFormat.chat else config.text_field
 
 
+def is_damage(error: BaseException) -> bool:
+    """Return whether what was read is bad, and not the way to it: the disk, the network, permissions, memory."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if not isinstance(cause, _DAMAGE):
+            return False
+        # at bad contents pyarrow, gzip and titan's own reader of zstd raise it without a number of the system's
+        if isinstance(cause, OSError) and (cause.errno is not None or type(cause) not in (OSError, gzip.BadGzipFile)):
+            return False
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return True
+
+
+_DAMAGE = (OSError, EOFError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error)
+"""What libraries raise at bad contents; the first also for everything else."""
+
+
+def gist(error: BaseException) -> str:
+    """Return the first line of what an error says."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def no_field(name: str, there: Iterable[str]) -> str:
+    """Return that a field is missing, and which are there."""
+    return f"no field {name!r} (it has {', '.join(map(repr, there))})"
+
+
 def count_bytes(content: Content) -> int:
     """Return the bytes of a document's text in UTF-8."""
     if isinstance(content, str):
         return len(content) if content.isascii() else len(content.encode("utf-8", "surrogatepass"))
     return sum(count_bytes(message["content"]) for message in content)
-
-
-def _wrong_messages(content: object) -> str:
-    if not isinstance(content, list):
-        return f"it is of type {type(content).__name__}, not a list of messages"
-    for number, message in enumerate(content, 1):
-        if not isinstance(message, dict):
-            return f"message {number} is of type {type(message).__name__}, not an object"
-        for name in ("role", "content"):
-            if not isinstance(message.get(name), str):
-                return f"message {number} has no text under {name!r}"
-    return ""

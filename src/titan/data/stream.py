@@ -28,7 +28,8 @@ import numpy as np
 
 from titan.config.schema import Packing
 from titan.data.batch import IGNORED_LABEL, permute
-from titan.data.encode import BadConversation, Encoded
+from titan.data.conversation import BadConversation
+from titan.data.encode import Encoded
 from titan.data.packing import Segment, pack_best_fit
 from titan.data.rows import Row
 from titan.data.shard import Content, Document, Shard, count_bytes
@@ -95,13 +96,8 @@ class DocumentShare:
             shard = self._part_of(shards[index], index, place, bool(cursor.reads_all))
             if shard is None:
                 continue
-            told: Counter[str] = Counter()
-            for document in shard.read(cursor.record if place == cursor.place else 0):
-                if shard.skipped.total() > told.total():
-                    skipped.update(shard.skipped - told)
-                    told = shard.skipped.copy()
+            for document in shard.read(cursor.record if place == cursor.place else 0, skipped):
                 yield place, document
-            skipped.update(shard.skipped - told)
 
     def shard_at(self, epoch: int, place: int) -> Shard:
         """Return the shard at a place of an epoch's order."""
@@ -222,8 +218,9 @@ class Stream:
             piece = self._next_piece()
             self._pieces.append(piece)
             held += len(piece.tokens) - piece.first
-        tokens = np.concatenate([piece.tokens[piece.first :] for piece in self._pieces])[: self.seq_len + 1]
-        tokens = tokens.astype(np.int64)
+        # the last piece may be a book: no more of it is touched than the row takes
+        parts = [piece.tokens[piece.first :][: self.seq_len + 1] for piece in self._pieces]
+        tokens = np.concatenate(parts)[: self.seq_len + 1].astype(np.int64)
         labels = tokens[1:].copy()
         starts = np.zeros(self.seq_len, dtype=np.int64) if self.with_starts else None
         at, self.pieces = 0, []

@@ -216,8 +216,8 @@ class JsonTokenizer(Tokenizer):
 
     file: JsonFile = field(repr=False)
     backend: tokenizers.Tokenizer = field(repr=False)
-    marked: dict[str, tokenizers.Tokenizer] = field(default_factory=dict, repr=False)
-    """By the character that their marks are made of: tokenizers that know special tokens by a mark alone."""
+    marked: dict[str, _Marked] = field(default_factory=dict, repr=False)
+    """By the character that their marks are made of."""
 
     def _encode(self, text: str) -> np.ndarray:
         return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -233,38 +233,52 @@ class JsonTokenizer(Tokenizer):
         begin of a text, it does not do after every special token.
 
         Args:
-            text: With `mark_of` in the place of every special token that is meant.
+            text: With those of `marks_of` in the place of every special token that is meant.
             mark: The character that marks are made of; the text has it nowhere else.
 
         Returns:
             The tokens, and the first and one past the last character of each in `text`.
         """
+        marked = self._marked(mark)
+        found = marked.backend.encode(text, add_special_tokens=False)
+        return marked.ids[found.ids], found.offsets
+
+    def marks_of(self, mark: str) -> dict[str, str]:
+        """Return what stands for each special token in a marked text."""
+        return self._marked(mark).marks
+
+    def _marked(self, mark: str) -> _Marked:
         if mark not in self.marked:
             self.marked[mark] = self._build_marked(mark)
-        backend = self.marked[mark]
-        found = backend.encode(text, add_special_tokens=False)
-        ids = np.array(found.ids, np.int64)
-        for token, index in self.special.items():
-            ids[ids == backend.token_to_id(self.mark_of(token, mark))] = index
-        return ids.astype(np.uint32), found.offsets
+        return self.marked[mark]
 
-    def mark_of(self, token: str, mark: str) -> str:
-        """Return what stands for a special token in a marked text."""
-        return f"{mark}{list(self.special).index(token)}{mark}"
-
-    def _build_marked(self, mark: str) -> tokenizers.Tokenizer:
+    def _build_marked(self, mark: str) -> _Marked:
         from tokenizers import AddedToken
 
         backend = _load_json(self.file)
         settings = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-        for token in self.special:
+        marks = {token: f"{mark}{number}{mark}" for number, token in enumerate(self.special)}
+        for token, spelled in marks.items():
             was = settings[token]
-            added = AddedToken(
-                self.mark_of(token, mark), lstrip=was.lstrip, rstrip=was.rstrip, normalized=False, special=False
+            backend.add_tokens(
+                [AddedToken(spelled, lstrip=was.lstrip, rstrip=was.rstrip, normalized=False, special=False)]
             )
-            backend.add_tokens([added])
         assert backend.get_vocab_size() == self.backend.get_vocab_size() + len(self.special)
-        return backend
+        ids = np.arange(self.n_tokens + len(self.special), dtype=np.uint32)
+        for token, spelled in marks.items():
+            ids[backend.token_to_id(spelled)] = self.special[token]
+        return _Marked(backend, marks, ids)
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A tokenizer that knows special tokens by a mark alone."""
+
+    backend: tokenizers.Tokenizer
+    marks: dict[str, str]
+    """What stands for each special token."""
+    ids: np.ndarray
+    """The id of each of its tokens in the tokenizer itself."""
 
 
 def _build_json(config: TokenizerConfig, fingerprint: str) -> Tokenizer:
