@@ -10,7 +10,7 @@ import pytest
 
 from titan.config.held_out import _overlap, check_validation
 from titan.config.schema import DataConfig, DataKind, SourceConfig, TitanConfig, TokenizerConfig, TokenizerKind
-from titan.data.prepare import prepare_source
+from titan.data.prepare import Preparation, prepare_source
 from titan.data.tokenizer import build_tokenizer
 
 SPLITS = [
@@ -88,8 +88,9 @@ def test_a_slice_of_what_is_trained_on_is_refused(tmp_path: Path) -> None:
 
 def prepare(folder: Path, text: Path) -> SourceConfig:
     """Prepare a file."""
-    config = TokenizerConfig(TokenizerKind.bytes)
-    prepare_source(SourceConfig(DataKind.text, path=str(text)), folder, config, build_tokenizer(config), 1)
+    tokenizer = build_tokenizer(TokenizerConfig(TokenizerKind.bytes))
+    source = SourceConfig(DataKind.text, path=str(text))
+    prepare_source(source, folder, Preparation(tokenizer, str(folder), workers=1))
     return SourceConfig(DataKind.prepared, path=str(folder))
 
 
