@@ -210,7 +210,7 @@ def _stage_runner(config: TitanConfig, model: BuiltModel, device: torch.device) 
     seam.valid_tokens = _valid_tokens(config, device)
     pieces = pipeline_microbatches(config)
     batch = _rows(config, config.training.local_batch_size // pieces, device)
-    _, meta, _ = stage_shapes(config, pieces)
+    _, meta = stage_shapes(config, pieces)
     hidden = torch.randn(meta.shape, dtype=meta.dtype, device=device)
 
     def run() -> None:

@@ -92,6 +92,7 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "training.seed": 0,
             "training.max_grad_norm": 0,
             "training.gc_interval": 1,
+            "training.loss_chunk_size": -1,
             "cluster.timeout_seconds": 1,
             "cluster.grace_seconds": 1,
             "cluster.cpus_per_task": 1,

@@ -228,6 +228,8 @@ class TrainingConfig:
     """Format of weights and activations in forward and backward; auto is bfloat16 on CUDA, float32 on a CPU."""
     reduce_dtype: Dtype = Dtype.float32
     """Format in which gradients are summed over ranks; auto is float32."""
+    loss_chunk_size: int = -1
+    """Positions whose logits are there at a time; -1 chooses by the number of words, 0 computes all logits at once."""
     gc_interval: int = 50
     """Steps between garbage collections, which all ranks then do together."""
 

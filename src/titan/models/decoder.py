@@ -47,6 +47,10 @@ class Decoder(nn.Module):
         self.register_buffer("rope", torch.empty(seq_len, 0, 2), persistent=False)
         self.positions: Tensor | None = None
         """Where the tokens that `forward` gets stand in their row, if not at 0, 1, 2, ...: (S,) or (B, S), int64."""
+        self.loss: Callable[[nn.Module, Tensor, Tensor], Tensor] | None = None
+        """From output, normed hidden states and labels to the sum of losses: `titan.parallel.loss`."""
+        self.leaves_output = False
+        """Whether `forward` ends before the output, as in a pipeline, whose schedule asks for the loss by itself."""
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -63,17 +67,18 @@ class Decoder(nn.Module):
         if self.positions is not None:
             self.positions = self.positions.to(device)
 
-    def forward(self, tokens: Tensor, starts: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, starts: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Predict the next token at every position.
 
         Args:
             tokens: Token ids; in a pipeline stage without the embedding, the hidden states of the stage before.
             starts: Where in its row the document of each token begins. Attention then stays inside documents and
                 positions count from their beginnings. None takes each row for one document.
+            labels: The next tokens, for their loss instead of the logits: the sum of cross-entropies, in nats.
 
         Shape:
-            tokens: (B, S) int64, or (B, S, D). starts: (B, S) int64. Returns (B, S, V), or (B, S, D) from a stage
-            without the output.
+            tokens: (B, S) int64, or (B, S, D). starts, labels: (B, S) int64. Returns (B, S, V); (B, S, D) from a stage
+            without the output; () with labels.
         """
         positions, visible = self.positions, None
         if starts is not None:
@@ -90,4 +95,12 @@ class Decoder(nn.Module):
         for block in self.layers.values():
             x = block(x, rope, visible)
         x = self.norm(x) if self.norm is not None else x
-        return self.output(x) if self.output is not None else x
+        if self.output is None or self.leaves_output:
+            return x
+        return self.output(x) if labels is None else self.loss_of(x, labels)
+
+    def loss_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of cross-entropies, in nats, of what `forward` has left. Shape: (B, S, D), (B, S) -> ()."""
+        assert self.output is not None
+        assert self.loss is not None, "set when parallelism is applied"
+        return self.loss(self.output, hidden, labels)

@@ -16,6 +16,7 @@ from titan.parallel.compile import apply_compile
 from titan.parallel.context import apply_context_parallel
 from titan.parallel.float8 import apply_float8
 from titan.parallel.fsdp import apply_fsdp
+from titan.parallel.loss import apply_loss
 from titan.parallel.mesh import Mesh
 from titan.parallel.tensor import apply_tensor_parallel
 
@@ -47,6 +48,11 @@ def apply_parallelism(
             f"tensor parallel, sequence parallel {_on(settings.sequence_parallel)}, "
             f"loss parallel {_on(settings.loss_parallel)}"
         )
+    # The loss is the output's own, so that the logits never leave it; what gathers the words of all ranks is behind it.
+    if model.output is not None:
+        has_words = settings.tp == 1 or settings.loss_parallel
+        group = mesh.tp.get_group() if settings.tp > 1 and settings.loss_parallel else None
+        done.append(apply_loss(model, config.training.loss_chunk_size if has_words else 0, group))
     # Activation checkpointing before compile, so that the compiler sees what is recomputed.
     recompute = config.activation_checkpoint
     if recompute.mode is ActivationCheckpointMode.memory_budget:

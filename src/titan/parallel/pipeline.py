@@ -110,7 +110,7 @@ def build_pipeline(
     microbatches: int,
     group: dist.ProcessGroup,
     device: torch.device,
-    shapes: tuple[Tensor, Tensor, Tensor],
+    shapes: tuple[Tensor, Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Pipeline:
     """Return the schedule over this rank's stages.
@@ -124,10 +124,10 @@ def build_pipeline(
         microbatches: Into how many a micro-batch of the data is cut.
         group: The ranks of the pipeline.
         device: This rank's.
-        shapes: Tokens, hidden states and logits of one pipeline microbatch, on meta.
-        loss: Logits and labels in, this microbatch's share of the global mean out.
+        shapes: Tokens and hidden states of one pipeline microbatch, on meta.
+        loss: What the last stage hands out and labels in, this microbatch's share of the global mean out.
     """
-    tokens, hidden, logits = shapes
+    tokens, hidden = shapes
     stages = []
     for part, index in zip(parts, stage_indices, strict=True):
         stages.append(
@@ -137,7 +137,7 @@ def build_pipeline(
                 n_stages,
                 device,
                 input_args=(tokens if index == 0 else hidden,),
-                output_args=(logits if index == n_stages - 1 else hidden,),
+                output_args=(hidden,),
                 group=group,
             )
         )
@@ -176,7 +176,7 @@ class ForwardPipeline:
     each tick every stage passes a microbatch through, and then all hand on what they have, in one exchange.
     """
 
-    parts: dict[int, nn.Module]
+    parts: dict[int, Decoder]
     """This rank's, by the number of the stage, ascending."""
     owners: list[int]
     """The pipeline rank that has each stage."""
@@ -186,8 +186,6 @@ class ForwardPipeline:
     """Into how many a micro-batch of the data is cut."""
     hidden: Tensor
     """What stages hand on of one pipeline microbatch, on meta."""
-    loss_sum: Callable[[Tensor, Tensor], Tensor]
-    """Logits (N, V) and labels (N,) in, the sum of cross-entropies out."""
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch]) -> Tensor:
@@ -205,7 +203,7 @@ class ForwardPipeline:
                 piece = pieces[tick - stage]
                 out = part(piece.tokens if stage == 0 else arrived[stage], piece.starts)
                 if stage == last:
-                    total += self.loss_sum(out.flatten(0, -2), piece.labels.flatten())
+                    total += part.loss_of(out, piece.labels)
                 elif stage + 1 in self.parts:
                     arriving[stage + 1] = out
                 else:

@@ -22,20 +22,17 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from titan.data.batch import IGNORED_LABEL
 from titan.errors import TitanError
 from titan.models.decoder import Decoder
 from titan.models.family import Cut
 from titan.models.linear import Linear, linear
 from titan.parallel.collectives import (
-    all_reduce,
     copy_to_ranks,
     gather,
     gather_same_use,
@@ -56,7 +53,7 @@ def apply_tensor_parallel(
         cut_of: What to do with a module, by its name.
         mesh: One dim.
         sequence_parallel: Whether what lies between the blocks is cut along the sequence.
-        loss_parallel: Whether the logits stay cut by words; the loss then has to be `vocab_parallel_cross_entropy`.
+        loss_parallel: Whether the logits stay cut by words; `titan.parallel.loss` then takes the ranks' group.
 
     Raises:
         TitanError: If the plan forgets a module, or a module has a parameter that cannot be cut.
@@ -95,17 +92,6 @@ def unwrap_weights_before(block: nn.Module) -> None:
 
     if cut:
         block.register_forward_pre_hook(hook)
-
-
-def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the sum of cross-entropies of logits that are cut by words, the same on every rank.
-
-    Three small reductions forward, none backward; no rank ever sees all words.
-
-    Shape:
-        logits: (N, V/tp), any float dtype; computed in float32. labels: (N,). Returns ().
-    """
-    return cast(Tensor, _VocabParallelCrossEntropy.apply(logits.float(), labels, group))
 
 
 def _enter(group: dist.ProcessGroup, sequence_parallel: bool) -> Callable[..., Any]:
@@ -221,28 +207,3 @@ _LOCAL: dict[type, type[_LocalModule]] = {
 @functools.cache  # one class for all blocks, or each would be compiled anew
 def _local_class(own: type[nn.Module]) -> type[nn.Module]:
     return type(f"TensorParallel{own.__name__}", (_LOCAL.get(own, _LocalModule), own), {})
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-        highest = all_reduce(logits.max(-1).values, group, "max")
-        shifted = logits - highest.unsqueeze(-1)
-        local = labels - group.rank() * logits.shape[-1]
-        elsewhere = (local < 0) | (local >= logits.shape[-1])
-        local = local.masked_fill(elsewhere, 0)
-        target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
-        probabilities = shifted.exp()
-        # both sums in one exchange
-        sums, target = all_reduce(torch.stack((probabilities.sum(-1), target)), group).unbind(0)
-        counts = labels != IGNORED_LABEL
-        probabilities /= sums.unsqueeze(-1)
-        ctx.save_for_backward(probabilities, local, elsewhere, counts)
-        return ((sums.log() - target) * counts).sum()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        probabilities, local, elsewhere, counts = ctx.saved_tensors
-        ones = torch.where(elsewhere, 0.0, 1.0).unsqueeze(-1)
-        gradient = probabilities.scatter_add(-1, local.unsqueeze(-1), -ones)
-        return gradient * (grad * counts).unsqueeze(-1), None, None

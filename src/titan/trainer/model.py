@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,6 @@ from titan.parallel.pipeline import (
     run_pipeline,
     split_model,
 )
-from titan.parallel.tensor import vocab_parallel_cross_entropy
-from titan.trainer.loss import LossSum, cross_entropy_sum, loss_share
 from titan.trainer.step import Evaluate, ForwardBackward, build_evaluate, build_forward_backward
 
 Fill = Callable[[Decoder, ModelFamily, int, torch.device, torch.device], None]
@@ -72,12 +69,9 @@ def build_model(
     """
     with torch.device("meta"):
         whole = family.build(config.model, config.training.seq_len)
-    loss_sum: LossSum = cross_entropy_sum
-    if config.parallelism.tp > 1 and config.parallelism.loss_parallel:
-        loss_sum = partial(vocab_parallel_cross_entropy, group=mesh.tp.get_group())
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
-        seams = build_forward_backward(whole, loss_sum), build_evaluate(whole, loss_sum)
+        seams = build_forward_backward(whole), build_evaluate(whole)
         return BuiltModel([whole], *seams, applied)
 
     settings, stage_group = config.parallelism, mesh.stage_group
@@ -89,10 +83,12 @@ def build_model(
     )
     indices = ranks[mesh.coordinates["pp"]]
     parts = [split_model(whole, plan[index]) for index in indices]
+    for part in parts:
+        part.leaves_output = True
     applied, *_ = [_finish(part, family, config, mesh, device, fill) for part in parts]
     microbatches = pipeline_microbatches(config)
     shapes = stage_shapes(config, microbatches)
-    seam = PipelineForwardBackward(loss_sum)
+    seam = PipelineForwardBackward(parts)
     seam.pipeline = build_pipeline(
         parts,
         indices,
@@ -112,7 +108,6 @@ def build_model(
         stage_group,
         microbatches,
         shapes[1],
-        loss_sum,
     )
     if config.model.tie_embeddings:
         first, last = (next(rank for rank, own in enumerate(ranks) if stage in own) for stage in (0, n_stages - 1))
@@ -135,15 +130,16 @@ class PipelineForwardBackward:
 
     pipeline: Pipeline
 
-    def __init__(self, loss_sum: LossSum) -> None:
-        self.loss_sum = loss_sum
+    def __init__(self, parts: Sequence[Decoder]) -> None:
+        self.with_output = next((part for part in parts if part.output is not None), None)
         self.tied: TiedEmbedding | None = None
         self.valid_tokens: Tensor | None = None
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return one pipeline microbatch's share of the global mean."""
         assert self.valid_tokens is not None, "set by __call__"
-        return loss_share(logits, labels, self.valid_tokens, self.loss_sum)
+        assert self.with_output is not None, "asked for on the rank of the last stage"
+        return self.with_output.loss_of(hidden, labels) / self.valid_tokens
 
     def __call__(self, batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """Run all micro-batches; returns the loss on the rank of the last stage, zero elsewhere."""
@@ -164,19 +160,17 @@ def _finish(
     return applied
 
 
-def stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, hidden states and logits of one pipeline microbatch, on meta."""
+def stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor]:
+    """Return tokens and hidden states of one pipeline microbatch, on meta."""
     settings, dtype = config.parallelism, DTYPES[config.training.param_dtype]
     rows = config.training.local_batch_size // microbatches
     tokens = config.training.seq_len // settings.cp
-    words = config.model.vocab_size // (settings.tp if settings.loss_parallel else 1)
     cut = settings.tp if settings.sequence_parallel else 1
     with torch.device("meta"):
         return (
             torch.empty(rows, tokens, dtype=torch.int64),
             # PyTorch's stages send gradients back for what needs them
             torch.empty(rows, tokens // cut, config.model.dim, dtype=dtype, requires_grad=True),
-            torch.empty(rows, tokens, words, dtype=dtype, requires_grad=True),
         )
 
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from titan.data.loader import Batch
 from titan.errors import NonFiniteError
 from titan.optim.clip import clip_gradients, global_grad_norm
-from titan.trainer.loss import LossSum, count_valid_tokens, loss_share
+from titan.trainer.loss import count_valid_tokens
 
 ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
 """Micro-batches and the count of valid tokens in; gradients accumulated, this rank's share of the loss out.
@@ -42,7 +42,7 @@ class StepResult:
     """What else was added up over the ranks, modulo 2^64."""
 
 
-def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackward:
+def build_forward_backward(model: nn.Module) -> ForwardBackward:
     """Return the seam for a model that runs whole: one micro-batch after the other."""
 
     def run(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackwa
             if isinstance(model, FSDPModule):
                 # Gradients travel once a step, after the last micro-batch.
                 model.set_requires_gradient_sync(index == len(batches) - 1)
-            loss = loss_share(model(batch.tokens, batch.starts), batch.labels, valid_tokens, loss_sum)
+            loss = model(batch.tokens, batch.starts, batch.labels) / valid_tokens
             loss.backward()
             total += loss.detach()
         return total
@@ -59,14 +59,14 @@ def build_forward_backward(model: nn.Module, loss_sum: LossSum) -> ForwardBackwa
     return run
 
 
-def build_evaluate(model: nn.Module, loss_sum: LossSum) -> Evaluate:
+def build_evaluate(model: nn.Module) -> Evaluate:
     """Return the seam without a backward pass, for a model that runs whole."""
 
     @torch.no_grad()
     def run(batches: Sequence[Batch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
         for batch in batches:
-            total += loss_sum(model(batch.tokens, batch.starts).flatten(0, -2), batch.labels.flatten())
+            total += model(batch.tokens, batch.starts, batch.labels)
         return total
 
     return run

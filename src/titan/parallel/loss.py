@@ -1,0 +1,207 @@
+"""Cross-entropy without the logits of all positions: projected, compared and differentiated a chunk at a time.
+
+The logits are the largest tensor of a training step: 8,192 positions of 128,256 words are 4.2 GB in float32, and
+their gradient as much again. Here a chunk of positions is projected, its loss is taken, and its gradients for the
+hidden states and for the output's weights follow at once, so that only those are kept until the backward pass, which
+scales them. No product is computed twice.
+
+With tensor parallelism every rank has some of the words (`parallelism.loss_parallel`), and the ranks exchange three
+numbers a position.
+
+Source:
+    The idea of differentiating in the forward pass: Liger Kernel, https://arxiv.org/abs/2410.10989; loss parallelism:
+    Megatron-LM, https://arxiv.org/abs/1909.08053.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titan.data.batch import IGNORED_LABEL
+from titan.models.decoder import Decoder
+from titan.models.linear import Linear, product
+from titan.parallel.collectives import all_reduce
+
+_LARGEST_LOGITS = 1 << 26
+"""Elements of a chunk's logits, where the config leaves the size of chunks open: 256 MiB in float32."""
+
+
+def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None = None) -> str:
+    """Let the model's output compute the loss by itself, chunk by chunk, in place. Before FSDP.
+
+    Args:
+        model: With its output, tensor parallelism applied.
+        chunk_size: Positions of a chunk; -1 chooses by the number of words, 0 takes all positions together, as
+            `cross_entropy_sum` of the logits does.
+        group: The ranks that have the other words; None for all words here.
+
+    Returns:
+        What was done, for the log.
+    """
+    output = model.output
+    assert output is not None, "the stage that has the output"
+    if chunk_size == 0 or not isinstance(output, Linear):  # as an output in float8 is none
+        model.loss = _LossOfLogits(group)
+        return "loss of all logits at once"
+    output.__class__ = _with_loss(type(output))  # type: ignore[reportAttributeAccessIssue]
+    words = model.config.vocab_size
+    size = chunk_size if chunk_size > 0 else max(256, _LARGEST_LOGITS // words)
+    cast(_LossOutput, output).chunk_size, cast(_LossOutput, output).group = size, group
+    model.loss = _call_output
+    return f"loss in chunks of {size:,} positions"
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of cross-entropies over the positions that count, in nats. Shape: (N, V), (N,) -> ()."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED_LABEL)
+
+
+def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of cross-entropies of logits that are cut by words, the same on every rank.
+
+    Small reductions forward, none backward; no rank ever sees all words.
+
+    Shape:
+        logits: (N, V/tp), any float dtype; computed in float32. labels: (N,). Returns ().
+    """
+    return cast(Tensor, _VocabParallelCrossEntropy.apply(logits.float(), labels, group))
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Return the sum of cross-entropies of `hidden` projected to words, over the positions that count, in nats.
+
+    Args:
+        hidden: What is projected.
+        weight: One row a word; with `group`, of this rank's words.
+        labels: The words to predict; `IGNORED_LABEL` where a position does not count.
+        chunk_size: Positions that are projected together.
+        group: The ranks that have the other words. The result is theirs all; the gradient of `hidden` is this rank's
+            part, to be added up.
+
+    Shape:
+        hidden: (N, D), any float dtype; the loss is computed in float32. weight: (V, D), or (V/tp, D). labels: (N,).
+        Returns (), float32.
+    """
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, group))
+
+
+class _LossOutput(nn.Module):
+    """An output that, given labels, returns the sum of the losses instead of logits."""
+
+    weight: Tensor
+    chunk_size: int
+    group: dist.ProcessGroup | None
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return super().forward(x)
+        local = getattr(self, "local", None)  # cut by tensor parallelism
+        weight = local() if local is not None else self.weight
+        return chunked_cross_entropy(x.flatten(0, -2), weight, labels.flatten(), self.chunk_size, self.group)
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _with_loss(own: type[nn.Module]) -> type[nn.Module]:
+    return _CLASSES.setdefault(own, type(f"Loss{own.__name__}", (_LossOutput, own), {}))
+
+
+def _call_output(output: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    return output(hidden, labels)
+
+
+class _LossOfLogits:
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __call__(self, output: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits, labels = output(hidden).flatten(0, -2), labels.flatten()
+        if self.group is None:
+            return cross_entropy_sum(logits, labels)
+        return vocab_parallel_cross_entropy(logits, labels, self.group)
+
+
+def _differentiate(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Return the sum of cross-entropies and its gradient. Shape: (N, V) float32, (N,) -> (), (N, V)."""
+    counts = labels != IGNORED_LABEL
+    if group is None:
+        local = labels.masked_fill(~counts, 0).unsqueeze(-1)
+        scores = F.log_softmax(logits, -1)
+        loss = -(scores.gather(-1, local).squeeze(-1) * counts).sum()
+        gradient = scores.exp_()
+        elsewhere = None
+    else:
+        highest = all_reduce(logits.max(-1).values, group, "max")
+        shifted = logits - highest.unsqueeze(-1)
+        local = labels - group.rank() * logits.shape[-1]
+        elsewhere = (local < 0) | (local >= logits.shape[-1])
+        local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
+        target = shifted.gather(-1, local).squeeze(-1).masked_fill(elsewhere, 0)
+        gradient = shifted.exp_()
+        # both sums in one exchange
+        sums, target = all_reduce(torch.stack((gradient.sum(-1), target)), group).unbind(0)
+        loss = ((sums.log() - target) * counts).sum()
+        gradient /= sums.unsqueeze(-1)
+    minus_one = torch.full_like(local, -1, dtype=gradient.dtype)
+    if elsewhere is not None:
+        minus_one.masked_fill_(elsewhere.unsqueeze(-1), 0)
+    gradient.scatter_add_(-1, local, minus_one)
+    return loss, gradient.mul_(counts.unsqueeze(-1))
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+        loss, gradient = _differentiate(logits, labels, group)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None, None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight: Tensor | None = None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for first in range(0, len(hidden), chunk_size):
+            chunk = hidden[first : first + chunk_size]
+            loss, gradient = _differentiate(product(chunk, weight).float(), labels[first : first + chunk_size], group)
+            total += loss
+            gradient = gradient.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[first : first + chunk_size] = product(gradient, weight.t())
+            if needs_weight:
+                # added up in float32, for every chunk rounds
+                found = product(gradient.t(), chunk.t()).float()
+                grad_weight = found if grad_weight is None else grad_weight.add_(found)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.gradients, ctx.is_scaled = (grad_hidden, grad_weight), False
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+        # In place, for they are as large as the weights. A pipeline that splits its backward pass comes here twice,
+        # with the same `grad`.
+        if not ctx.is_scaled:
+            for gradient in ctx.gradients:
+                if gradient is not None:
+                    gradient.mul_(grad)
+            ctx.is_scaled = True
+        return *ctx.gradients, None, None, None
