@@ -32,6 +32,7 @@ from titan.config.schema import (
     CheckpointMode,
     ClusterConfig,
     ClusterKind,
+    CompileMode,
     ContextMethod,
     Device,
     Dtype,
@@ -432,6 +433,12 @@ def check_compiler(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             "compile.enable = true on a CPU, but there is no C++ compiler (g++) on the PATH",
             suggestion="compile=none",
+        )
+    settings = config.compile
+    if settings.mode is not CompileMode.default and settings.backend != "inductor":
+        yield Problem(
+            f"compile.mode = {settings.mode.name}, but compile.backend = {settings.backend} has no modes",
+            suggestion="compile.mode=default   or  compile.backend=inductor",
         )
 
 

@@ -29,6 +29,15 @@ class Dtype(Enum):
     bfloat16 = "bfloat16"
 
 
+class CompileMode(Enum):
+    """What torch.compile spends its time on; the values are PyTorch's names. reduce_overhead takes CUDA graphs."""
+
+    default = "default"
+    reduce_overhead = "reduce-overhead"
+    max_autotune = "max-autotune"
+    max_autotune_no_cudagraphs = "max-autotune-no-cudagraphs"
+
+
 class ClusterKind(Enum):
     """What starts the ranks."""
 
@@ -477,9 +486,15 @@ class CompileConfig:
     """torch.compile, block by block."""
 
     enable: bool = False
-    """Compile every transformer block and the loss."""
+    """Compile every transformer block."""
+    loss: bool = True
+    """Compile the loss too."""
     backend: str = "inductor"
     """The compiler's backend, by PyTorch's name."""
+    mode: CompileMode = CompileMode.default
+    """What the compiler spends its time on, by PyTorch's name; only inductor has any other than default."""
+    dynamic: bool | None = None
+    """Compile for any shape at once; false compiles each anew, null does that once and then takes any."""
 
 
 @dataclass

@@ -66,7 +66,7 @@ def apply_parallelism(
         is_async = settings.async_tp and device.type == "cuda"
         apply_compile(
             model,
-            config.compile.backend,
+            config.compile,
             recompute.memory_budget if has_budget else 1.0,
             mesh.tp.get_group() if is_async else None,
         )

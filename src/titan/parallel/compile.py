@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch._functorch.config
 import torch._inductor.config
 import torch.distributed as dist
 
+from titan.config.schema import CompileConfig, CompileMode
 from titan.models.decoder import Decoder
+from titan.parallel.loss import compile_loss
 from titan.parallel.tensor import unwrap_weights_before
 
 
 def apply_compile(
-    model: Decoder, backend: str, memory_budget: float = 1.0, async_group: dist.ProcessGroup | None = None
+    model: Decoder, config: CompileConfig, memory_budget: float = 1.0, async_group: dist.ProcessGroup | None = None
 ) -> None:
-    """Compile every block in place. After activation checkpointing, so that it lies inside the graph.
+    """Compile every block in place, and the loss. After activation checkpointing, so that it lies inside the graph.
 
     What is compiled is `forward` and not the call, so that the hooks of FSDP and of tensor parallelism stay outside.
 
     Args:
         model: Its blocks not yet wrapped by FSDP.
-        backend: By PyTorch's name.
+        config: How.
         memory_budget: What the compiler may keep for the backward pass, as a share of what it would keep.
         async_group: Ranks whose exchanges are to overlap with matrix products, on CUDA; None overlaps nothing.
     """
@@ -29,9 +34,23 @@ def apply_compile(
     torch._inductor.config._micro_pipeline_tp = async_group is not None
     if async_group is not None:
         _enable_symmetric_memory(async_group)
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        mode = None if config.mode is CompileMode.default else config.mode.value
+        return torch.compile(function, backend=config.backend, mode=mode, dynamic=config.dynamic, fullgraph=True)
+
     for block in model.layers.values():
         unwrap_weights_before(block)
-        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)  # type: ignore[method-assign]
+        block.forward = compiled(block.forward)  # type: ignore[method-assign]
+    if config.loss and model.output is not None:
+        compile_loss(model, compiled)
+
+
+def count_graphs() -> int:
+    """Return how many graphs this process has compiled so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
 
 
 def _enable_symmetric_memory(group: dist.ProcessGroup) -> None:

@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -56,6 +57,12 @@ def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None 
     return f"loss in chunks of {size:,} positions"
 
 
+def compile_loss(model: Decoder, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Compile what is done with a chunk's logits, in place; a loss of all logits at once stays as it is."""
+    if isinstance(model.output, _LossOutput):
+        model.output.differentiate = compiled(_differentiate)
+
+
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the sum of cross-entropies over the positions that count, in nats. Shape: (N, V), (N,) -> ()."""
     return F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED_LABEL)
@@ -73,7 +80,12 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels: Tensor, group: dist.Pro
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, group: dist.ProcessGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    group: dist.ProcessGroup | None = None,
+    differentiate: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Return the sum of cross-entropies of `hidden` projected to words, over the positions that count, in nats.
 
@@ -84,12 +96,15 @@ def chunked_cross_entropy(
         chunk_size: Positions that are projected together.
         group: The ranks that have the other words. The result is theirs all; the gradient of `hidden` is this rank's
             part, to be added up.
+        differentiate: From a chunk's logits, labels and the group to the loss and its gradient; None for the plain way.
 
     Shape:
         hidden: (N, D), any float dtype; the loss is computed in float32. weight: (V, D), or (V/tp, D). labels: (N,).
         Returns (), float32.
     """
-    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, group))
+    return cast(
+        Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, group, differentiate or _differentiate)
+    )
 
 
 class _LossOutput(nn.Module):
@@ -98,13 +113,16 @@ class _LossOutput(nn.Module):
     weight: Tensor
     chunk_size: int
     group: dist.ProcessGroup | None
+    differentiate: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         if labels is None:
             return super().forward(x)
         local = getattr(self, "local", None)  # cut by tensor parallelism
         weight = local() if local is not None else self.weight
-        return chunked_cross_entropy(x.flatten(0, -2), weight, labels.flatten(), self.chunk_size, self.group)
+        return chunked_cross_entropy(
+            x.flatten(0, -2), weight, labels.flatten(), self.chunk_size, self.group, self.differentiate
+        )
 
 
 _CLASSES: dict[type, type] = {}
@@ -173,7 +191,13 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_size: int,
+        group: dist.ProcessGroup | None,
+        differentiate: Callable[..., tuple[Tensor, Tensor]],
     ) -> Tensor:
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -181,7 +205,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for first in range(0, len(hidden), chunk_size):
             chunk = hidden[first : first + chunk_size]
-            loss, gradient = _differentiate(product(chunk, weight).float(), labels[first : first + chunk_size], group)
+            loss, gradient = differentiate(product(chunk, weight).float(), labels[first : first + chunk_size], group)
             total += loss
             gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
@@ -196,7 +220,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         # In place, for they are as large as the weights. A pipeline that splits its backward pass comes here twice,
         # with the same `grad`.
         if not ctx.is_scaled:
@@ -204,4 +228,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad)
             ctx.is_scaled = True
-        return *ctx.gradients, None, None, None
+        return *ctx.gradients, None, None, None, None
