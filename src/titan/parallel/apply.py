@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from titan.config.degrees import pipeline_microbatches
 from titan.config.schema import ActivationCheckpointMode, Dtype, Float8Recipe, TitanConfig
 from titan.errors import TitanError
 from titan.models.decoder import Decoder
@@ -52,7 +53,11 @@ def apply_parallelism(
     if model.output is not None:
         has_words = settings.tp == 1 or settings.loss_parallel
         group = mesh.tp.get_group() if settings.tp > 1 and settings.loss_parallel else None
-        done.append(apply_loss(model, config.training.loss_chunk_size if has_words else 0, group))
+        size = apply_loss(model, config.training.loss_chunk_size if has_words else 0, group)
+        positions = config.training.local_batch_size * config.training.seq_len // settings.cp
+        positions //= pipeline_microbatches(config) if settings.pp > 1 else 1
+        if 0 < size < positions:
+            done.append(f"loss in chunks of {size:,} of {positions:,} positions")
     # Activation checkpointing before compile, so that the compiler sees what is recomputed.
     recompute = config.activation_checkpoint
     if recompute.mode is ActivationCheckpointMode.memory_budget:

@@ -32,7 +32,7 @@ _LARGEST_LOGITS = 1 << 26
 """Elements of a chunk's logits, where the config leaves the size of chunks open: 256 MiB in float32."""
 
 
-def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None = None) -> str:
+def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None = None) -> int:
     """Let the model's output compute the loss by itself, chunk by chunk, in place. Before FSDP.
 
     Args:
@@ -42,19 +42,19 @@ def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None 
         group: The ranks that have the other words; None for all words here.
 
     Returns:
-        What was done, for the log.
+        Positions of a chunk; 0 for all together.
     """
     output = model.output
     assert output is not None, "the stage that has the output"
     if chunk_size == 0 or not isinstance(output, Linear):  # as an output in float8 is none
         model.loss = _LossOfLogits(group)
-        return "loss of all logits at once"
+        return 0
     output.__class__ = _with_loss(type(output))  # type: ignore[reportAttributeAccessIssue]
     words = model.config.vocab_size
     size = chunk_size if chunk_size > 0 else max(256, _LARGEST_LOGITS // words)
     cast(_LossOutput, output).chunk_size, cast(_LossOutput, output).group = size, group
     model.loss = _call_output
-    return f"loss in chunks of {size:,} positions"
+    return size
 
 
 def compile_loss(model: Decoder, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
