@@ -14,9 +14,10 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# Whole files side by side: one keeps the processors busy with sixteen ranks while others wait for their processes.
+# Apart from each other: sixteen ranks would starve the processes that the other tests start and wait for.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile tests/parallel tests/data
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal --ignore tests/parallel --ignore tests/data
 
 # A real SLURM cluster of four nodes on this machine: needs root and Debian's packages, which it installs.
 test-slurm: $(INSTALLED)

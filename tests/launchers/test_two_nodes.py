@@ -144,7 +144,7 @@ def test_two_nodes_train_resume_and_refuse(
         overrides = [*TINY, f"data.path={text_file}", *more, f"run.dir={tmp_path / 'run'}"]
         nodes = [start(platform(rank, port, overrides), tmp_path) for rank in range(NODES)]
         try:
-            return {finish(node, 120).code for node in nodes}
+            return {finish(node).code for node in nodes}
         finally:
             for node in nodes:
                 kill_all(node)
@@ -180,11 +180,11 @@ def test_a_node_that_is_taken_away_lets_all_save(tmp_path: Path, text_file: Path
         metrics = folder / "metrics.jsonl"
         wait_until(lambda: metrics.exists() and len(json_lines(metrics)) > 3, "three steps", 120)
         nodes[1].send_signal(signal.SIGTERM)
-        assert [finish(node, 120).code for node in nodes] == [75, 75]
+        assert [finish(node).code for node in nodes] == [75, 75]
         (checkpoint,) = (folder / "checkpoints").glob("step_*")
         step = int(checkpoint.name.removeprefix("step_"))
         nodes = start_nodes(step + 2)
-        assert [finish(node, 120).code for node in nodes] == [0, 0]
+        assert [finish(node).code for node in nodes] == [0, 0]
     finally:
         for node in nodes:
             kill_all(node)

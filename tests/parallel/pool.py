@@ -1,7 +1,4 @@
-"""Ranks that stay alive between tests, forked from a process that has imported all they need.
-
-Importing torch in every rank would take longer than most tests do. Ranks give way to whatever else runs: sixteen of
-them would starve the processes of a test beside them, which waits for those no longer than a user would.
+"""Ranks that stay alive between tests: importing torch in four processes takes longer than most tests do.
 
 Each job gets a process group of its own over gloo and leaves none behind.
 """
@@ -17,9 +14,6 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
-
-_PRELOADED = ["tests.parallel.layouts", "titan.trainer.loop", "torch._dynamo"]
-_NICENESS = 10
 
 
 class RankPool:
@@ -72,8 +66,7 @@ class RankPool:
         self.processes, self.pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = multiprocessing.get_context("spawn")
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(self.world_size):
@@ -95,7 +88,6 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
 
     from titan.parallel.mesh import leave_process_group
 
-    os.nice(_NICENESS)
     torch.set_num_threads(1)
     while True:
         try:
