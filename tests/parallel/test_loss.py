@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan.data.batch import IGNORED_LABEL
+from titan.models.linear import product
+from titan.parallel import loss as module
 from titan.parallel.loss import chunked_cross_entropy
 
 from .pool import RankPool
@@ -57,7 +59,7 @@ def test_any_chunks_give_the_plain_loss(chunk_size: int, dtype: torch.dtype, tol
         assert_close(ours.grad, theirs.grad, tolerance)
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen output, frozen hidden states and evaluation give the same loss."""
     hidden, weight, labels = problem()
     losses = [chunked_cross_entropy(hidden.detach(), weight, labels, 8)]
@@ -67,9 +69,12 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     losses.append(chunked_cross_entropy(hidden, weight.detach(), labels, 8))
     losses[1].backward()
     assert hidden.grad is not None
+    products: list[None] = []
+    monkeypatch.setattr(module, "product", lambda a, b: products.append(None) or product(a, b))
     with torch.no_grad():
         losses.append(chunked_cross_entropy(hidden, weight, labels, 8))
     assert not losses[2].requires_grad
+    assert len(products) == -(-POSITIONS // 8), "the projections, and no gradient's product"
     assert len({loss.item() for loss in losses}) == 1
 
 

@@ -29,7 +29,7 @@ from titan.convert.describe import size_text
 from titan.convert.sources import HUGGING_FACE, TITAN, Source, family_of
 from titan.convert.verification import Say, check_hugging_face, check_import, check_same
 from titan.errors import CommandError, StorageError
-from titan.run_directory import short_path, utc_now, write_synced
+from titan.run_directory import short_path, unique_temporary, utc_now, write_synced
 
 TOKENIZER = "tokenizer"
 """The folder of a checkpoint with the files that go with the weights unchanged."""
@@ -186,7 +186,7 @@ def written_beside(destination: Path) -> Iterator[Path]:
         StorageError: If the system cannot write.
     """
     check_free(destination)
-    temporary = destination.absolute().with_name(f".{destination.absolute().name}.{os.getpid()}.tmp")
+    temporary = unique_temporary(destination.absolute())
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

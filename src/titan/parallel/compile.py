@@ -42,7 +42,7 @@ def apply_compile(
     for block in model.layers.values():
         unwrap_weights_before(block)
         block.forward = compiled(block.forward)  # type: ignore[method-assign]
-    if config.loss and model.output is not None:
+    if config.loss:
         compile_loss(model, compiled)
 
 

@@ -15,6 +15,7 @@ Source:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -102,9 +103,9 @@ def chunked_cross_entropy(
         hidden: (N, D), any float dtype; the loss is computed in float32. weight: (V, D), or (V/tp, D). labels: (N,).
         Returns (), float32.
     """
-    return cast(
-        Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, group, differentiate or _differentiate)
-    )
+    how = differentiate if differentiate is not None else _differentiate
+    needs = torch.is_grad_enabled()  # which is off inside of a function of autograd's
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, weight, labels, chunk_size, group, how, needs))
 
 
 class _LossOutput(nn.Module):
@@ -125,11 +126,9 @@ class _LossOutput(nn.Module):
         )
 
 
-_CLASSES: dict[type, type] = {}
-
-
+@functools.cache
 def _with_loss(own: type[nn.Module]) -> type[nn.Module]:
-    return _CLASSES.setdefault(own, type(f"Loss{own.__name__}", (_LossOutput, own), {}))
+    return type(f"Loss{own.__name__}", (_LossOutput, own), {})
 
 
 def _call_output(output: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -198,8 +197,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         group: dist.ProcessGroup | None,
         differentiate: Callable[..., tuple[Tensor, Tensor]],
+        needs_gradients: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        needs_hidden, needs_weight = (needs_gradients and needs for needs in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -228,4 +228,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if gradient is not None:
                     gradient.mul_(grad)
             ctx.is_scaled = True
-        return *ctx.gradients, None, None, None, None
+        return *ctx.gradients, None, None, None, None, None

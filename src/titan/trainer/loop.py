@@ -62,9 +62,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         validator = Validator(trainer, meter, sinks, watchdog, lambda: end_if_told(trainer, saver, warning))
         collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
         profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
-        result, compilations = None, None
-        if config.compile.enable:
-            compilations = Compilations()
+        result, compilations = None, Compilations(config.compile.enable)
         rows_log = open_rows_log(trainer)
         if rows_log is not None:
             stack.callback(rows_log.close)
@@ -80,8 +78,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                 state.step += 1
             else:
                 watchdog.step(state.step + 1)
-                if compilations is not None:
-                    compilations.begin()
+                compilations.begin()
                 try:
                     result, learning_rate = run_step(trainer, reader.read(state.step + 1), saver.wait_for_copies)
                 except NonFiniteError as spike:
@@ -94,8 +91,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                             sink.rewind(trainer.state.step)
                         validator.rewind(trainer.state.step)
                     continue
-                if compilations is not None:
-                    compilations.end(state.step)
+                compilations.end(state.step)
                 meter.steps += 1
                 if rows_log is not None:
                     rows_log.write(describe_rows(trainer, result))
@@ -118,8 +114,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         bits = bits_per_byte(result.loss, *trainer.data.tokens_to_bytes)
         logger.info(
             f"done: step {state.step}, loss {result.loss:.4f} nats a token = {bits:.3f} bits a byte, "
-            f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}"
-            + (f", {compilations.after_first} graphs compiled after the first step" if compilations is not None else "")
+            f"{state.tokens:,} tokens, {format_seconds(time.perf_counter() - began)}" + compilations.describe()
         )
     return result.loss if result is not None else None
 
