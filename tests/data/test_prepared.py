@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from titan.config.schema import BadDocuments, DataConfig, DataKind, SourceConfig, TokenizerConfig, TokenizerKind
-from titan.data import file_source, prepare
+from titan.data import prepare
+from titan.data import shard as shard_module
 from titan.data.mixture import check_tokenizer
 from titan.data.prepare import Preparation, Progress, cache_folder, find_or_prepare, prepare_source
-from titan.data.prepared import Part, PartWriter, Prepared, find_damage, open_prepared, token_dtype
+from titan.data.prepared import FORMAT, Part, PartWriter, Prepared, find_damage, open_prepared, token_dtype
 from titan.data.rows import plan_rows
 from titan.data.shard import Document, Shard
 from titan.data.source import Source
@@ -59,8 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
     """Two thousand documents that make many parts, of pieces of one file and of small files."""
-    monkeypatch.setattr(file_source, "PIECE_BYTES", 20_000)
-    monkeypatch.setattr(prepare, "PART_BYTES", 30_000)
+    monkeypatch.setattr(shard_module, "LEAST_PORTION_BYTES", 20_000)
     folder = tmp_path / "many"
     folder.mkdir()
     for name, count in (("big", 1500), ("small_1", 20), ("small_2", 20), ("more", 500)):
@@ -101,6 +101,15 @@ def test_pieces_of_a_file_are_the_whole_file(many: DataConfig) -> None:
         for number, line in enumerate(file.read_text().splitlines(), 1)
         if line
     ]
+
+
+@pytest.mark.parametrize("size", [0, 1, 64 << 20, 1 << 30, 10_000_000_000, 1 << 40, 1 << 50])
+def test_portions_keep_processes_busy_and_files_few(size: int) -> None:
+    """A source of 64 MiB has work for sixteen processes, one of a terabyte has no more than some thousand files."""
+    portion = shard_module.portion_bytes(size)
+    assert 4 << 20 <= portion <= 256 << 20
+    assert portion == 4 << 20 or size / portion > 64
+    assert size > 1 << 40 or size / portion <= 4096
 
 
 def test_reading_from_a_record_on_is_the_rest(many: DataConfig) -> None:
@@ -251,7 +260,7 @@ def test_a_damaged_manifest_is_refused(config: DataConfig) -> None:
     for damaged, words in (
         (text.replace('"documents": 3', '"documents": 4', 1), "its checksum is not that of its contents"),
         (text[: len(text) // 2], "is damaged"),
-        (text.replace('"format": 1', '"format": 99'), "is of format 99"),
+        (text.replace(f'"format": {FORMAT}', '"format": 99'), "is of format 99"),
         ("[]", "is of format None"),
     ):
         file.write_text(damaged)

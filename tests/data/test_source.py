@@ -13,6 +13,7 @@ import zstandard
 
 from titan.config.schema import BadDocuments, DataConfig, DataKind
 from titan.data import file_source
+from titan.data import shard as shard_module
 from titan.data.source import Source, open_source
 from titan.data.stream import Cursor, DocumentShare
 from titan.errors import DataError
@@ -300,7 +301,7 @@ def test_a_file_of_no_bytes_holds_no_documents(tmp_path: Path, suffix: str) -> N
 @pytest.mark.parametrize("bad", ["error", "skip"])
 def test_a_file_that_went_away_is_named(tmp_path: Path, bad: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that names the file, in every piece of it, also where bad documents are skipped: none of them is bad."""
-    monkeypatch.setattr(file_source, "PIECE_BYTES", 10)
+    monkeypatch.setattr(shard_module, "LEAST_PORTION_BYTES", 10)
     lines = source(write(tmp_path / "a.jsonl", GOOD * 3), bad=bad)
     text = source(write(tmp_path / "b.txt", GOOD), "text", bad)
     (tmp_path / "a.jsonl").unlink()
@@ -315,7 +316,7 @@ def test_a_file_that_went_away_is_named(tmp_path: Path, bad: str, monkeypatch: p
 
 def test_a_bad_line_of_a_file_that_went_away_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where its lines cannot be counted any more, the place in the file says where it is."""
-    monkeypatch.setattr(file_source, "PIECE_BYTES", 16)
+    monkeypatch.setattr(shard_module, "LEAST_PORTION_BYTES", 16)
     shard = source(write(tmp_path / "a.jsonl", GOOD + GOOD + b"broken\n")).shards[2]
     opened = file_source._open
     monkeypatch.setattr(file_source, "_open", lambda file: (opened(file), file.unlink())[0])
@@ -339,7 +340,7 @@ def test_a_line_over_many_pieces_is_read_by_the_one_it_begins_in(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pieces that a long line fills end at their own end, so that no byte is read more than a few times."""
-    monkeypatch.setattr(file_source, "PIECE_BYTES", 20)
+    monkeypatch.setattr(shard_module, "LEAST_PORTION_BYTES", 20)
     texts = ["a", "b" * size, "c", "d" * 13, "", "e" * size]
     path = write(tmp_path / "a.jsonl", b"".join(b'{"text":"%b"}\n' % text.encode() for text in texts))
     monkeypatch.setattr(file_source, "_open", lambda file: Counting(io.FileIO(file)))

@@ -50,6 +50,26 @@ def test_a_layout_equals_one_process(record: Callable[..., Record], case: Case) 
     assert_validates_as(found, reference, tolerance)
 
 
+SCHEDULES = {
+    "as GPipe": ("0F0,0F1,,,0B0,0B1", ",1F0,1F1,1B0,1B1,"),
+    "in a V, the last backward pass in halves": (
+        "0F0,0F1,,3F0,3F1,3I0,3I1,3W0,3W1,0B0,0B1",
+        ",1F0,2F0,1F1,2F1,,2B0,2B1,1B0,1B1,",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_from_a_file_equals_one_process(record: Callable[..., Record], tmp_path: Path, name: str) -> None:
+    """Whatever order of passes a file gives, training and validation are those of one process."""
+    file = tmp_path / "schedule.csv"
+    file.write_text("\n".join(SCHEDULES[name]))
+    overrides = (*mesh(pp=2), *BLOCK_EACH, *options(f"pp_schedule_csv={file}"), "training.local_batch_size=2")
+    found, reference = record(2, *overrides), record(1, *mesh())
+    assert_same(compare_records(found, reference))
+    assert_validates_as(found, reference)
+
+
 def test_the_document_lists_what_is_tested() -> None:
     """The table in docs/parallelism.md was generated from the same cases."""
     listed = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]

@@ -20,10 +20,8 @@ import zstandard
 
 from titan.config.files import COMPRESSIONS
 from titan.config.schema import DataKind, SourceConfig
-from titan.data.shard import Document, Shard, field_of
+from titan.data.shard import Document, Shard, field_of, portion_bytes
 
-PIECE_BYTES = 64 << 20
-"""The size of a piece of a file; a change changes where every document is found."""
 _BLOCK_BYTES = 1 << 20
 _UNREADABLE = (OSError, EOFError, zlib.error)
 _ZSTD_BYTES = zstandard.DECOMPRESSION_RECOMMENDED_INPUT_SIZE
@@ -33,16 +31,17 @@ def file_shards(config: SourceConfig, files: list[Path]) -> list[Shard]:
     """Return the shards of some files, in their order."""
     if config.kind is not DataKind.jsonl:
         return [TextShard(config, str(file), _size(file), path=file) for file in files]
-    return [shard for file in files for shard in _pieces(config, file)]
+    piece = portion_bytes(sum(map(_size, files)))
+    return [shard for file in files for shard in _pieces(config, file, piece)]
 
 
-def _pieces(config: SourceConfig, file: Path) -> Iterator[Shard]:
+def _pieces(config: SourceConfig, file: Path, piece: int) -> Iterator[Shard]:
     size = _size(file)
-    if file.suffix in COMPRESSIONS or size <= PIECE_BYTES:
+    if file.suffix in COMPRESSIONS or size <= piece:
         yield LinesShard(config, str(file), size, path=file)
         return
-    for begin in range(0, size, PIECE_BYTES):
-        end = min(begin + PIECE_BYTES, size)
+    for begin in range(0, size, piece):
+        end = min(begin + piece, size)
         yield LinesShard(config, f"{file}[{begin}:{end}]", end - begin, path=file, begin=begin, end=end)
 
 

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -24,19 +25,18 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from titan.config.schema import RecordFormat, SourceConfig, TokenizerConfig
 from titan.data.encode import BadConversation, Encoded, Encoder
 from titan.data.prepared import FORMAT, MANIFEST, Part, PartWriter, Prepared, open_prepared, read_part, write_manifest
-from titan.data.shard import Document, Shard
+from titan.data.shard import Document, Shard, portion_bytes
 from titan.data.source import Source, open_source, source_files
 from titan.data.tokenizer import Tokenizer, build_tokenizer
 from titan.errors import DataError, TitanError
 from titan.run_directory import remove_leftovers, unique_temporary, write_atomically
 
-PART_BYTES = 16 << 20
-"""Shards are taken together until they have so much; a change changes where every document is found."""
 _ALONE_BYTES = 8 << 20
 """Less than this is done before other processes have started."""
 _POLL_SECONDS = 0.1
@@ -86,7 +86,7 @@ class Preparation:
     timeout_seconds: float = 600
     """How long the others wait without a sign of life from the writer."""
     workers: int | None = None
-    """Processes that tokenise; None is one for each core."""
+    """Processes that tokenise, this one included; None is one for each core."""
     report: Callable[[str, Progress], None] | None = None
     """Is told now and then of which component how much is done."""
 
@@ -199,9 +199,9 @@ def cache_folder(config: SourceConfig, cache_dir: str, tokenizer: str) -> Path:
 def plan_parts(shards: list[Shard]) -> list[list[Shard]]:
     """Take neighbouring shards together until they have some size."""
     parts: list[list[Shard]] = []
-    size = PART_BYTES
+    size = enough = portion_bytes(sum(shard.size_bytes for shard in shards))
     for shard in shards:
-        if size >= PART_BYTES:
+        if size >= enough:
             parts.append([])
             size = 0
         parts[-1].append(shard)
@@ -314,7 +314,7 @@ def _make_parts(source: Source, folder: Path, preparation: Preparation, name: st
             done[index] = _make_part(folder, index, plan[index], encoder, meter.count)
             meter.finished(sum(shard.size_bytes for shard in plan[index]))
     else:
-        for index, part in _in_processes(folder, plan, todo, tokenizer.config, source.config, workers, meter):
+        for index, part in _in_processes(folder, plan, todo, encoder, workers, meter):
             done[index] = part
             meter.finished(sum(shard.size_bytes for shard in plan[index]))
     return [done[index] for index in range(len(plan))]
@@ -413,30 +413,42 @@ def _in_processes(
     folder: Path,
     plan: list[list[Shard]],
     todo: list[int],
-    tokenizer_config: TokenizerConfig,
-    config: SourceConfig,
+    encoder: Encoder,
     workers: int,
     meter: _Meter,
 ) -> Iterator[tuple[int, Part]]:
+    """Yield parts as they are made, by this process too: the others take a moment to start."""
     context = multiprocessing.get_context("spawn")  # the process may have threads, which a fork would not take along
     counts = context.SimpleQueue()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer_config, config, counts, os.getpid()))
+    ready = encoder.tokenizer.config, encoder.config, counts, os.getpid()
+    pool = ProcessPoolExecutor(workers - 1, context, _start_worker, ready)
     futures: dict[Future[Part], int] = {}
     waiting = _in_turn(todo, folder)
+
+    def hand_out() -> None:
+        while len(futures) < 2 * (workers - 1) and (index := next(waiting, None)) is not None:
+            with _no_main_module():  # submitting starts a process
+                futures[pool.submit(_work, folder, index, plan[index])] = index
+
+    def count(documents: int, tokens: int) -> None:
+        meter.count(documents, tokens)
+        while not counts.empty():
+            meter.count(*counts.get())
+
+    def take() -> Iterator[tuple[int, Part]]:
+        for future in [future for future in futures if future.done()]:
+            yield futures.pop(future), future.result()
+
     try:
+        hand_out()
         for index in waiting:
-            futures[pool.submit(_work, folder, index, plan[index])] = index
-            if len(futures) == 2 * workers:
-                break
+            yield index, _make_part(folder, index, plan[index], encoder, count)
+            yield from take()
+            hand_out()
         while futures:
-            finished, _ = wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
-            while not counts.empty():
-                meter.count(*counts.get())
-            for future in finished:
-                yield futures.pop(future), future.result()
-                for index in waiting:
-                    futures[pool.submit(_work, folder, index, plan[index])] = index
-                    break
+            wait(futures, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            count(0, 0)
+            yield from take()
     except (BrokenProcessPool, OSError) as error:
         what = "has died, perhaps for lack of memory"
         if isinstance(error, OSError):
@@ -451,6 +463,20 @@ def _in_processes(
             process.terminate()
         for process in processes:
             process.join()
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Let processes that are started here not run the program that was started: they need nothing of it.
+
+    It takes seconds where that is a training run, and would tokenise anew where it is a script without a guard.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _encoder: Encoder | TitanError | None = None

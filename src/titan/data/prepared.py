@@ -32,7 +32,7 @@ from titan.data.open_files import OpenFiles
 from titan.errors import DataError
 from titan.run_directory import close_synced, unique_temporary, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 BLOCK_TOKENS = 4096
 DOCUMENT = np.dtype([("start", "<u8"), ("record", "<u8"), ("shard", "<u4")])
@@ -256,26 +256,31 @@ class PartWriter:
             self.abandon()
             raise
         self.tokens = self.documents = self.longest = 0
-        self._pieces: list[np.ndarray] = []
-        self._learned: list[np.ndarray] = []
+        self._held = {"tokens": np.empty(_FLUSH_TOKENS, self.dtype)}
+        if has_learned:
+            self._held["learned"] = np.empty(_FLUSH_TOKENS, np.uint8)
         self._told: list[tuple[int, int, int]] = []
         self._pending = self._blocks = 0
 
     def add(self, tokens: np.ndarray, learned: np.ndarray | None, record: int, shard: int) -> bool:
         """Append a document; returns whether that wrote to the disk."""
         count = len(tokens)
+        is_full = self._pending + count > _FLUSH_TOKENS
+        if is_full:
+            self._flush()
+        for suffix, held in self._held.items():
+            values = tokens if suffix == "tokens" else np.True_ if learned is None else learned
+            if count <= _FLUSH_TOKENS:
+                held[self._pending : self._pending + count] = values
+            else:
+                self._write(suffix, np.broadcast_to(values, count).astype(held.dtype))
+        if count <= _FLUSH_TOKENS:
+            self._pending += count
         self._told.append((self.tokens, record, shard))
-        self._pieces.append(tokens)
-        if "learned" in self._temporary:
-            self._learned.append(np.ones(count, bool) if learned is None else learned)
         self.tokens += count
         self.documents += 1
         self.longest = max(self.longest, count)
-        self._pending += count
-        if self._pending < _FLUSH_TOKENS:
-            return False
-        self._flush()
-        return True
+        return is_full
 
     def finish(self, text_bytes: int, skipped: dict[str, int]) -> Part:
         """Give the files their names, and write the part's own share of the manifest.
@@ -316,22 +321,19 @@ class PartWriter:
             path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        if self._pieces:
-            self._write("tokens", np.concatenate(self._pieces).astype(self.dtype))
+        for suffix, held in self._held.items():
+            self._write(suffix, held[: self._pending])
         told = np.array(self._told, dtype=DOCUMENT)
         self._write("documents", told)
         edges = np.arange(self._blocks * BLOCK_TOKENS, self.tokens, BLOCK_TOKENS)
         before = self.documents - len(told)
         self._write("blocks", (before + np.searchsorted(told["start"], edges)).astype("<u4"))
         self._blocks += len(edges)
-        if self._learned:
-            self._write("learned", np.concatenate(self._learned).astype(np.uint8))
-        self._pieces, self._learned, self._told, self._pending = [], [], [], 0
+        self._told, self._pending = [], 0
 
     def _write(self, suffix: str, values: np.ndarray) -> None:
-        content = values.tobytes()
-        self._files[suffix].write(content)
-        self._digests[suffix].update(content)
+        self._files[suffix].write(values.data)
+        self._digests[suffix].update(values.data)
 
 
 def read_part(folder: Path, name: str, shards: list[str], vocab_size: int) -> Part | None:

@@ -17,8 +17,20 @@ from titan.config.schema import BadDocuments, RecordFormat, SourceConfig
 from titan.data.conversation import BadConversation, check_messages
 from titan.errors import DataError
 
+LEAST_PORTION_BYTES, MOST_PORTION_BYTES = 4 << 20, 256 << 20
+_PORTIONS = 256
 Content = str | list[dict[str, Any]]
 """What a document says: a text, or the messages of a conversation."""
+
+
+def portion_bytes(total_bytes: int) -> int:
+    """Return how much of a source is read, or tokenised, at a time: it depends on the source's size alone.
+
+    Enough portions to keep many processes busy to the end, yet not so many that a large source becomes a crowd of
+    files. A change of this changes where every document is found.
+    """
+    fair = 1 << (total_bytes // _PORTIONS).bit_length()
+    return max(LEAST_PORTION_BYTES, min(MOST_PORTION_BYTES, fair))
 
 
 @dataclass(frozen=True)

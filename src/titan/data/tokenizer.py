@@ -58,7 +58,10 @@ class Tokenizer(ABC):
 
         Special tokens that are spelled out in the text are text.
         """
-        return np.concatenate(([self.bos], self.encode_text(text), [self.eos])).astype(np.uint32)
+        tokens = self.encode_text(text)
+        document = np.empty(len(tokens) + 2, np.uint32)
+        document[0], document[1:-1], document[-1] = self.bos, tokens, self.eos
+        return document
 
     def encode_text(self, text: str) -> np.ndarray:
         """Return the tokens of a text and nothing else. Shape: (tokens,), uint32.
