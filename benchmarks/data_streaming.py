@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from record import OtherLoad, describe_machine, write_result
+
 from titan.config.files import find_standard_library
 from titan.config.load import compose
 from titan.data.feed import build_stream_feed, open_streams
@@ -25,7 +27,7 @@ SEQ_LEN, ROWS = 2048, 64
 
 
 def main() -> None:
-    """Measure and print one line of JSON for each number of workers."""
+    """Measure, print one line of JSON for each number of workers, and write the figures."""
     command = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("overrides", nargs="*")
     command.add_argument("--megabytes", type=int, default=64)
@@ -34,6 +36,7 @@ def main() -> None:
     command.add_argument("--workers", type=int, nargs="+", default=[0, 1])
     command.add_argument("--steps", type=int, default=20)
     given = command.parse_args()
+    machine, load, cases = describe_machine(), OtherLoad(), []
     with tempfile.TemporaryDirectory() as folder:
         write_documents(Path(folder), given.megabytes * 10**6, given.shards)
         for workers in given.workers:
@@ -49,19 +52,18 @@ def main() -> None:
             for _ in steps:
                 pass
             seconds = time.perf_counter() - began - first
-            print(
-                json.dumps(
-                    {
-                        "workers": workers,
-                        "streams": feed.plan.streams,
-                        "shards": given.shards,
-                        "tokenizer": config.tokenizer.kind.name,
-                        "tokens_per_second": round(given.steps * ROWS * SEQ_LEN / seconds),
-                        "first_step_seconds": round(first, 2),
-                    }
-                ),
-                flush=True,
+            cases.append(
+                {
+                    "workers": workers,
+                    "streams": feed.plan.streams,
+                    "shards": given.shards,
+                    "tokenizer": config.tokenizer.kind.name,
+                    "tokens_per_second": round(given.steps * ROWS * SEQ_LEN / seconds),
+                    "first_step_seconds": round(first, 2),
+                }
             )
+            print(json.dumps(cases[-1]), flush=True)
+    write_result("data_streaming", machine, cores_busy_elsewhere=load.cores(), cases=cases)
 
 
 def write_documents(folder: Path, size: int, shards: int) -> None:

@@ -27,7 +27,16 @@ def main() -> int:
 
 
 def _results() -> Iterator[dict[str, Any]]:
-    for name in ("cpu_tokens_per_second", "startup", "submission", "memory_flatness", "axis_cost", "checkpoints"):
+    for name in (
+        "cpu_tokens_per_second",
+        "startup",
+        "submission",
+        "memory_flatness",
+        "axis_cost",
+        "checkpoints",
+        "data_prepare",
+        "data_streaming",
+    ):
         path = RESULTS / f"{name}.json"
         if path.exists():
             yield {"name": name, "result": json.loads(path.read_text())}
@@ -59,6 +68,20 @@ def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, str, st
         for side, ratio in result["times_plain"].items():
             yield _row(f"the same: {side}, times plain", ratio, ".2f", "of turns")
         yield _row("the same: checksums, share of a synchronous save", result["checksum_share"], ".3f", "")
+    elif name == "data_prepare":
+        for side, rate in result["tokenising_tokens_per_second"].items():
+            what = {"titan": "`titan.prepare`", "datasets": "`datasets.map`"}.get(side, "`datasets.map`, with loading")
+            yield _row(f"tokenising, 2 processes: {what}", rate, ",.0f", "tokens/s")
+        yield "the same: `titan.prepare`, times `datasets.map`", f"{result['ratio']:.2f}", "", "of turns"
+        yield "the same: with loading", f"{result['ratio_with_loading']:.2f}", "", "of turns"
+        for seq_len, rate in result["reading_tokens_per_second"].items():
+            yield _row(f"reading prepared rows of {seq_len}, 1 process", rate, ",.0f", "tokens/s")
+        for size, mib in (("8", result["memory_mib"]["small"]), ("256", result["memory_mib"]["large"])):
+            yield f"reading {size} MiB of prepared tokens: memory", f"{mib:.1f}", "", "MiB"
+    elif name == "data_streaming":
+        for case in result["cases"]:
+            what = f"streamed text, tokenizer {case['tokenizer']}, {case['workers']} workers"
+            yield what, f"{case['tokens_per_second']:,.0f}", "once", "tokens/s"
     elif name == "axis_cost":
         for found in result["cases"]:
             yield _row(f"{found['case']}: a step", found["seconds_a_step"], ".2f", "s")
