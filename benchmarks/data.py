@@ -1,6 +1,7 @@
 """Speed of data: tokenising beside `datasets.map`, reading prepared rows, and memory against the size of the data.
 
-Tokenising: the same documents, the same tokenizer, two processes each, in turns. Reading: rows in the order of
+Tokenising: from a jsonl file to tokens on the disk, the same documents, the same tokenizer, two processes each, in
+turns; and beside it `datasets.map` alone, without the loading of its table that titan's figure includes. Reading: rows in the order of
 training, with labels and collation, by one process. Memory: the peak of a process that reads so many steps of a small
 and of a large prepared folder, beyond what importing takes.
 """
@@ -78,12 +79,14 @@ def main() -> int:
     print(
         f"tokenising  titan {figures['titan']['median']:,.0f} tok/s, datasets.map {figures['datasets']['median']:,.0f}"
     )
-    print(f"            ratio {ratio:.2f}; {with_loading:.2f} with what datasets takes to load the file")
+    print(f"            ratio {with_loading:.2f} with what datasets takes to load the file, {ratio:.2f} without")
     for seq_len, found in reading.items():
         print(f"reading     {found['median']:,.0f} tok/s at seq_len {seq_len}")
     print(f"memory      {memory['small']:.1f} MiB of 8 MiB of tokens, {memory['large']:.1f} MiB of 256 MiB")
     print(f"written to {path.name}")
-    is_fast = ratio >= LEAST_RATIO and all(found["median"] >= LEAST_TOKENS_PER_SECOND for found in reading.values())
+    is_fast = with_loading >= LEAST_RATIO and all(
+        found["median"] >= LEAST_TOKENS_PER_SECOND for found in reading.values()
+    )
     if not is_fast:
         print(f"FAILED: at least {LEAST_RATIO} and {LEAST_TOKENS_PER_SECOND:,} are wanted", file=sys.stderr)
     return 0 if is_fast else 1
