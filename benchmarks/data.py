@@ -1,9 +1,9 @@
 """Speed of data: tokenising beside `datasets.map`, reading prepared rows, and memory against the size of the data.
 
 Tokenising: from a jsonl file to tokens on the disk, the same documents, the same tokenizer, two processes each, in
-turns; and beside it `datasets.map` alone, without the loading of its table that titan's figure includes. Reading: rows in the order of
-training, with labels and collation, by one process. Memory: the peak of a process that reads so many steps of a small
-and of a large prepared folder, beyond what importing takes.
+turns; and beside it `datasets.map` alone, without the loading of its table that titan's figure includes. Reading: rows
+in the order of training, with labels and collation, by one process. Memory: the peak of a process that reads so many
+steps of a small and of a large prepared folder, beyond what importing takes.
 """
 
 from __future__ import annotations
