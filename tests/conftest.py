@@ -94,7 +94,7 @@ def titan(
 def titan_process(here: Path, cache: Path) -> Command:
     """Titan's command as a process: for what starts ranks, and for what a process alone can show."""
 
-    def run(*arguments: str, module: str = "titan.train", timeout_seconds: float = 120, **variables: str) -> Finished:
+    def run(*arguments: str, module: str = "titan.train", timeout_seconds: float = 240, **variables: str) -> Finished:
         process = start(["-m", module, *arguments], here, clean_environment(cache, **variables))
         return finish(process, timeout_seconds)
 

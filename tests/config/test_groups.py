@@ -11,6 +11,7 @@ from titan.config.check import check_config
 from titan.config.degrees import AXES, Machine, world_size
 from titan.config.keys import schema_keys
 from titan.config.load import compose, compose_points, conf_dir, config_text, option_groups, parse_config, to_typed
+from titan.config.schema import Dtype
 
 OPTIONS = [
     (group, option)
@@ -116,3 +117,20 @@ def test_points_of_a_sweep_are_composed_as_by_themselves() -> None:
         [*point, "run.dir=runs/${run.name}"] for point in [*points, points[0]]
     ]  # else it would have the time in it
     assert [to_typed(each) for each in compose_points(points)] == [compose(point) for point in points]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "expected"),
+    [
+        ([], Machine(), Dtype.float32),
+        ([], Machine(has_bfloat16=True), Dtype.bfloat16),
+        ([], Machine(gpus=1), Dtype.bfloat16),
+        (["cluster.device=cpu"], Machine(gpus=1), Dtype.float32),
+        (["training.param_dtype=float32"], Machine(has_bfloat16=True), Dtype.float32),
+        (["training.param_dtype=bfloat16"], Machine(), Dtype.bfloat16),
+    ],
+)
+def test_the_format_follows_the_device(overrides: list[str], machine: Machine, expected: Dtype) -> None:
+    """Bfloat16 where there are units for it, unless the user says something else."""
+    config = compose(["data=python_stdlib", "run.dir=unused", *overrides])
+    assert check_config(config, machine).training.param_dtype is expected

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from titan.errors import ConfigError
-from titan.launch.environment import Rank, count_gpus, current_machine, current_rank, threads_per_rank
+from titan.launch.environment import Rank, count_gpus, current_machine, current_rank, has_bfloat16, threads_per_rank
 
 TORCHRUN = {
     "RANK": "3",
@@ -90,3 +91,28 @@ def test_hidden_gpus_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty CUDA_VISIBLE_DEVICES leaves no GPU, whatever the machine has."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert count_gpus() == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "highest", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16", None, True),
+        ("flags\t\t: fpu amx_tile amx_bf16", "AVX512_CORE_AMX", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", "AVX512_CORE_VNNI", False),
+        ("flags\t\t: fpu avx512f", None, False),
+        ("Features\t: fp asimd bf16 i8mm", None, True),
+        ("Features\t: fp asimd", None, False),
+        ("", None, False),
+    ],
+)
+def test_a_cpu_with_bfloat16_is_known_by_its_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, highest: str | None, expected: bool
+) -> None:
+    """What the kernel lists decides, on x86 and on ARM, as far as the user lets oneDNN use it."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if highest:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", highest)
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
+    assert has_bfloat16(file) is expected
+    assert has_bfloat16(tmp_path / "nowhere") is False

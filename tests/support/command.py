@@ -48,7 +48,10 @@ class Finished:
 
 
 def clean_environment(cache: Path, **more: str) -> dict[str, str]:
-    """Return this process's environment without what describes a rank, a GPU or a terminal, and with a cache."""
+    """Return this process's environment without what describes a rank, a GPU or a terminal, and with a cache.
+
+    And without the CPU's bfloat16, so that runs are the same on every machine unless they ask for it.
+    """
     describing = (
         "RANK",
         "LOCAL_",
@@ -64,6 +67,7 @@ def clean_environment(cache: Path, **more: str) -> dict[str, str]:
     return kept | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "XDG_CACHE_HOME": str(cache),
         "COLUMNS": "200",
         **more,

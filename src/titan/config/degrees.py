@@ -39,6 +39,8 @@ class Machine:
 
     gpus: int = 0
     """GPUs that this machine shows to this process."""
+    has_bfloat16: bool = False
+    """Whether its CPU multiplies matrices in bfloat16 by itself."""
     started_ranks: int | None = None
     """World size, where an outer launcher has already started the ranks."""
     started_ranks_per_node: int | None = None
@@ -140,7 +142,8 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         parallelism, problems = resolve_degrees(config.parallelism, cluster)
     training = config.training
     if training.param_dtype is Dtype.auto:
-        dtype = Dtype.bfloat16 if cluster.device is Device.cuda else Dtype.float32
+        is_fast = cluster.device is Device.cuda or machine.has_bfloat16
+        dtype = Dtype.bfloat16 if is_fast else Dtype.float32
         training = replace(training, param_dtype=dtype)
     if training.reduce_dtype is Dtype.auto:
         training = replace(training, reduce_dtype=Dtype.float32)

@@ -234,7 +234,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     param_dtype: Dtype = Dtype.auto
-    """Format of weights and activations in forward and backward; auto is bfloat16 on CUDA, float32 on a CPU."""
+    """Format of weights and activations in forward and backward; auto is bfloat16 where the device has units for it."""
     reduce_dtype: Dtype = Dtype.float32
     """Format in which gradients are summed over ranks; auto is float32."""
     loss_chunk_size: int = -1

@@ -147,6 +147,7 @@ def current_machine() -> Machine:
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Machine(
         gpus=count_gpus(),
+        has_bfloat16=has_bfloat16(),
         started_ranks=rank.world_size if rank else None,
         started_ranks_per_node=rank.local_world_size if rank else None,
         slurm_gpus=slurm_gpus,
@@ -167,6 +168,24 @@ def count_gpus() -> int:
             break  # CUDA stops at the first entry that names no device
         count += 1
     return count
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether this machine's CPU multiplies in bfloat16, and whether oneDNN, which PyTorch calls, may use that.
+
+    Source:
+        ONEDNN_MAX_CPU_ISA: https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
+    """
+    highest = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if not re.search("ALL|DEFAULT|BF16|FP16|AMX|AVX10", highest.upper()):
+        return False
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:  # not Linux
+        return False
+    # of the first core: "flags" on x86, "Features" on ARM
+    words = next((line.split(":", 1)[1].split() for line in lines if re.match(r"(flags|Features)\s*:", line)), [])
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def threads_per_rank(ranks: int) -> int:

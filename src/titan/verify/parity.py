@@ -195,7 +195,8 @@ def build_layout(
     )
     if shrink:
         config = shrink_config(config, also)
-    return check_config(config, replace(current_machine(), gpus=0))
+    # float32 unless the config says otherwise: what a layout changes shows best there
+    return check_config(config, replace(current_machine(), gpus=0, has_bfloat16=False))
 
 
 def build_reference(layout: TitanConfig, directory: Path) -> TitanConfig:
