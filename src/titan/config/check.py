@@ -707,7 +707,7 @@ def check_profiling(config: TitanConfig) -> Iterator[Problem]:
         )
     if (settings.enable or settings.memory_snapshot) and last > config.training.steps:
         yield Problem(
-            f"profiling traces steps {config.profiling.start_step} to {last}, "
+            f"profiling looks at steps {config.profiling.start_step} to {last}, "
             f"but training.steps = {config.training.steps}",
             suggestion=f"profiling.start_step=2 profiling.steps={min(3, config.training.steps - 1)}"
             if config.training.steps > 1

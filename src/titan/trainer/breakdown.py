@@ -59,7 +59,8 @@ class Operator:
 
     def line(self) -> str:
         """Return it as a row of the table."""
-        name = self.name if len(self.name) <= _NAME_WIDTH else self.name[: _NAME_WIDTH - 3] + "..."
+        half = _NAME_WIDTH // 2 - 2  # the end of a name is what tells a backward pass
+        name = self.name if len(self.name) <= _NAME_WIDTH else f"{self.name[:half]}...{self.name[-half:]}"
         milliseconds = self.seconds_per_step * 1e3
         return f"{name:<{_NAME_WIDTH}} {self.calls_per_step:>7,.0f} {milliseconds:>10,.2f} {self.share:>7.1%}"
 

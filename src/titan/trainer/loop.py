@@ -103,12 +103,13 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                     write_metrics(trainer, meter, result, learning_rate, sinks)
             for sink in sinks:
                 sink.step()
+            with watchdog.extended():
+                profile.step(state.step)
             told, wishes = agree(trainer, warning() if state.step < steps else 0, saver.wishes())
             with watchdog.extended():
                 if told:
                     raise Stopped(signal.Signals(told).name, state.step, saver.save_now())
                 saver.after_step(wishes)
-            profile.step(state.step)
             collector.step(state.step)
         if config.checkpoint.last_content is CheckpointContent.weights:  # from which no validation could go on
             validator.run_if_due()
