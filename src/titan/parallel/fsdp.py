@@ -103,10 +103,9 @@ def _frees_blocks(reshard_after_forward: ReshardAfterForward, has_pipeline: bool
 
 def _ends(model: Decoder) -> list[nn.Module]:
     """Return what is gathered as one at the end of the model."""
-    ends = [module for module in (model.norm, model.output) if module is not None]
     # A shared parameter can belong to one group only.
-    is_tied = model.config.tie_embeddings and model.tok_embeddings is not None
-    return [model.tok_embeddings, *ends] if is_tied else ends
+    embedding = model.tok_embeddings if model.config.tie_embeddings else None
+    return [module for module in (embedding, model.norm, model.output) if module is not None]
 
 
 def forget_forward(model: nn.Module) -> None:
