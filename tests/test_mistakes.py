@@ -321,7 +321,24 @@ MISTAKES = {
     "a decay longer than the run": ("lr_scheduler.decay_ratio=2", "is not a share", "from 0 to 1", "decay_ratio=0.9"),
     "a moment that never decays": ("optimizer.beta2=1", "is not a share", "from 0 to below 1", "optimizer.beta2=0.9"),
     "a negative learning rate": ("optimizer.lr=-1", "optimizer.lr = -1.0 is below 0"),
-    "a trace after the end": ("profiling=trace training.steps=5", "traces steps 10 to 12", "profiling.start_step=2"),
+    "a trace after the end": ("profiling=trace training.steps=5", "looks at steps 10 to 12", "profiling.start_step=2"),
+    "a snapshot of a CPU's memory": (
+        "profiling=memory training.steps=20 cluster.device=cpu",
+        "profiling.memory_snapshot = true, but cluster.device = cpu",
+        "PyTorch remembers who holds memory on CUDA only",
+        "Try  profiling.memory_snapshot=false   or  profiling=trace",
+    ),
+    "a snapshot after the end": (
+        "profiling=memory training.steps=5",
+        "profiling looks at steps 10 to 12",
+        "profiling.start_step=2",
+    ),
+    "a compiled update alone": (
+        "compile.optimizer=true",
+        "compile.optimizer = true, but compile.enable = false",
+        "Try  compile=inductor   or  compile.optimizer=false",
+    ),
+    "moments in a format that is not one": ("optimizer.state_dtype=float8", "There are: auto, float32, bfloat16"),
     "a trace of a single step": ("profiling=trace training.steps=1", "but training.steps = 1", "profiling=none"),
     "blocks beyond the last": (
         "activation_checkpoint=every_nth activation_checkpoint.every=100",

@@ -11,12 +11,14 @@ import torch
 
 from tests.parallel.layouts import SMALL
 from tests.parallel.pool import RankPool
+from titan.checkpoint.state import create_optimizer_state
 from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.models.family import load_family
 from titan.models.flops import count_parameters
+from titan.optim.build import build_optimizer
 from titan.parallel.mesh import build_mesh
 from titan.simulate import describe, simulate
 from titan.trainer.model import build_model
@@ -46,6 +48,19 @@ def test_it_is_the_rank_that_would_be_there(pools: Callable[[int], RankPool], la
         found = simulate(simulated(*layout, "cluster.devices_per_node=4", f"cluster.simulated_rank={rank}"))
         assert found.parameters == numbers
         assert found.optimizer_bytes == 2 * found.weights_bytes == 8 * numbers
+
+
+@pytest.mark.parametrize(("state_dtype", "bytes_a_number"), [("float32", 8), ("bfloat16", 4)])
+def test_it_says_what_the_moments_take(state_dtype: str, bytes_a_number: int) -> None:
+    """Two numbers beside every parameter, in their format; and as many bytes as the optimizer then has."""
+    config = simulated(*LAYOUT, "cluster.devices_per_node=4", f"optimizer.state_dtype={state_dtype}")
+    found = simulate(config)
+    assert found.optimizer_bytes == bytes_a_number * found.parameters
+    weight = torch.nn.Parameter(torch.ones(3, 5))
+    optimizer = build_optimizer([("w.weight", weight)], config.optimizer, torch.device("cpu"))
+    create_optimizer_state(optimizer)
+    moments = [optimizer.state[weight][name] for name in ("exp_avg", "exp_avg_sq")]
+    assert sum(moment.nbytes for moment in moments) == bytes_a_number * weight.numel()
 
 
 def test_all_ranks_together_have_the_model_once() -> None:

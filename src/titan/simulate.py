@@ -24,9 +24,10 @@ from titan.data.loader import Batch
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily, load_family
-from titan.optim.build import build_optimizer
+from titan.optim.build import build_optimizer, state_dtype_of
 from titan.parallel.apply import allocate
 from titan.parallel.mesh import build_mesh, leave_process_group
+from titan.trainer.build import update_compiler
 from titan.trainer.device import device_name
 from titan.trainer.model import (
     BuiltModel,
@@ -101,7 +102,7 @@ def simulate(config: TitanConfig) -> Simulated:
             parameters=sum(p.numel() for p in local),
             weights_bytes=weights,
             gradients_bytes=weights,
-            optimizer_bytes=2 * weights,  # AdamW's two moments, as its weights are
+            optimizer_bytes=_moments_bytes(config, local),
             largest_gathered_bytes=max(_gathered_bytes(part) for part in model.parts),
             modules=[describe_modules(_modules(part)) for part in model.parts],
             applied=model.applied,
@@ -154,6 +155,12 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+def _moments_bytes(config: TitanConfig, local: list[Tensor]) -> int:
+    """Return the bytes of AdamW's two moments."""
+    dtype = state_dtype_of(config.optimizer)
+    return 2 * sum(p.numel() * (p.element_size() if dtype is None else dtype.itemsize) for p in local)
+
+
 def _leave_on_meta(
     part: Decoder, family: ModelFamily, seed: int, device: torch.device, shard_device: torch.device
 ) -> None:
@@ -170,7 +177,7 @@ def _fill(part: Decoder, family: ModelFamily, seed: int, device: torch.device, s
 
 def _execute(config: TitanConfig, model: BuiltModel, device: torch.device) -> list[float]:
     """Return the seconds of each step: forward, backward and optimizer."""
-    optimizer = build_optimizer(model.parameters, config.optimizer, device)
+    optimizer = build_optimizer(model.parameters, config.optimizer, device, update_compiler(config))
     run = _stage_runner(config, model, device) if config.parallelism.pp > 1 else _whole_runner(config, model, device)
     seconds = []
     for _ in range(config.cluster.simulated_steps + 1):

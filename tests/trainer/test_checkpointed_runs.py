@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 from tests.support.command import json_lines, results
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.files import TensorInfo, read_metadata, tensor_infos
 from titan.checkpoint.manifest import Manifest, committed_steps, step_folder
-from titan.checkpoint.state import MODEL
+from titan.checkpoint.state import MODEL, OPTIMIZER
 from titan.errors import CheckpointError, ConfigError, Stopped, StorageError
 from titan.launch.dispatch import Frozen, freeze
 from titan.models.llama import LLAMA
@@ -404,3 +405,47 @@ def test_a_model_that_draws_goes_on_drawing(runs: Runs) -> None:
     second = runs.train("stopped", change=draw)
     assert results(second.directory.path) == results(whole.directory.path)
     assert state_of(second, 6) == state_of(whole, 6)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("optimizer.state_dtype=bfloat16",),
+        ("optimizer.state_dtype=bfloat16", "compile=inductor", "compile.optimizer=true", "compile.backend=aot_eager"),
+    ],
+    ids=["bfloat16", "bfloat16 compiled"],
+)
+def test_a_run_with_moments_in_bfloat16_resumes_to_the_bit(runs: Runs, overrides: tuple[str, ...]) -> None:
+    """Moments are saved in their format; every loss, norm, weight and moment of a stopped run is the other's."""
+    torch._dynamo.reset()
+    whole = runs.train("whole", *overrides)
+    first = runs.build(runs.config("stopped", *overrides))
+    with pytest.raises(Stopped):
+        runs.fit(first, 3)
+    second = runs.train("stopped", *overrides)
+    assert results(second.directory.path) == results(whole.directory.path)
+    assert state_of(second, 6) == state_of(whole, 6)
+    infos = tensor_infos(read_metadata(step_folder(second.directory.checkpoints, 6)))
+    formats = {name.rpartition(".")[2]: info.dtype for name, info in infos.items() if name.startswith(OPTIMIZER)}
+    assert formats == {"exp_avg": torch.bfloat16, "exp_avg_sq": torch.bfloat16, "step": torch.float32}
+
+
+@pytest.mark.parametrize(("before", "after"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_run_may_go_on_with_moments_in_another_format(
+    runs: Runs, caplog: pytest.LogCaptureFixture, before: str, after: str
+) -> None:
+    """They are rounded or widened as they are loaded, number by number, and the log says so, once."""
+    caplog.set_level("INFO", "titan")
+    first = runs.train("run", "training.steps=4", f"optimizer.state_dtype={before}")
+    assert not [record for record in caplog.records if "converted" in record.getMessage()]
+    second = runs.build(runs.config("run", f"optimizer.state_dtype={after}"))
+    said = [record.getMessage() for record in caplog.records if "converted" in record.getMessage()]
+    assert said == [f"the optimizer's moments were converted from {before} to {after}"]
+    for (name, ours), (_, theirs) in zip(second.parameters, first.parameters, strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            found, saved = second.optimizer.state[ours][key], first.optimizer.state[theirs][key]
+            assert found.dtype == getattr(torch, after), name
+            assert torch.equal(found, saved.to(found.dtype)), name
+    runs.fit(second)
+    assert second.state.step == 6

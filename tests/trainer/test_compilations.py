@@ -35,6 +35,15 @@ def test_steps_of_one_shape_are_compiled_once(runs: Runs, caplog: pytest.LogCapt
     assert lines[-1].endswith(", 0 graphs compiled after the first step")
 
 
+def test_a_compiled_update_is_compiled_once(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    """With the learning rate another at each step too; it is said at the start, and nothing is compiled anew."""
+    with caplog.at_level("INFO"):
+        runs.train("run", *COMPILED, "compile.optimizer=true", "lr_scheduler.warmup_steps=3")
+    lines = said(caplog)
+    assert "applied    optimizer's update compiled with aot_eager" in lines
+    assert lines[-1].endswith(", 0 graphs compiled after the first step")
+
+
 def test_another_shape_is_named_with_its_step_and_reason(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
     """A step whose micro-batches have fewer rows compiles again: the log says which step, how much, and the guard."""
 

@@ -327,7 +327,7 @@ class CheckpointStore:
         folder: Path,
         state: dict[str, Tensor],
         is_wanted: Callable[[str], bool] = lambda name: name.startswith((MODEL, OPTIMIZER)),
-        can_cast: bool = False,
+        can_cast: Callable[[str], bool] = lambda name: False,
         metadata: Metadata | None = None,
     ) -> None:
         """Fill tensors in place from a checkpoint, on any mesh; nothing is changed before all of them fit.
@@ -336,7 +336,7 @@ class CheckpointStore:
             folder: The checkpoint's.
             state: By name.
             is_wanted: Whether the checkpoint may not have a name that is missing from every rank's `state`.
-            can_cast: Whether they may be saved in another format.
+            can_cast: Whether the one of this name may be saved in another format.
             metadata: The checkpoint's, where it has been read already.
 
         Raises:
@@ -370,7 +370,7 @@ def _take_device(device: int | None) -> None:
         torch.cuda.set_device(device)
 
 
-def misfits(state: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], can_cast: bool) -> list[str]:
+def misfits(state: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], can_cast: Callable[[str], bool]) -> list[str]:
     """Return which tensors a checkpoint does not have as they are wanted, one line each."""
     wrong = []
     for name, tensor in state.items():
@@ -379,7 +379,7 @@ def misfits(state: Mapping[str, Tensor], infos: Mapping[str, TensorInfo], can_ca
             wrong.append(f"{name} is not in the checkpoint")
         elif found.shape != tensor.shape:
             wrong.append(f"{name} is {_shape(found.shape)} in the checkpoint, and {_shape(tensor.shape)} here")
-        elif found.dtype != tensor.dtype and not can_cast:
+        elif found.dtype != tensor.dtype and not can_cast(name):
             wrong.append(f"{name} is {found.dtype} in the checkpoint, and {tensor.dtype} here")
     return wrong
 

@@ -440,6 +440,12 @@ def check_compiler(config: TitanConfig) -> Iterator[Problem]:
             f"compile.mode = {settings.mode.name}, but compile.backend = {settings.backend} has no modes",
             suggestion="compile.mode=default   or  compile.backend=inductor",
         )
+    if settings.optimizer and not settings.enable:
+        yield Problem(
+            "compile.optimizer = true, but compile.enable = false",
+            "The optimizer's update is compiled beside the blocks, never alone.",
+            "compile=inductor   or  compile.optimizer=false",
+        )
 
 
 def check_activation_checkpoint(config: TitanConfig) -> Iterator[Problem]:
@@ -690,11 +696,18 @@ def _secret(what: str, name: str) -> Problem:
 
 
 def check_profiling(config: TitanConfig) -> Iterator[Problem]:
-    """The trace ends before the run does."""
-    last = config.profiling.start_step + config.profiling.steps - 1
-    if config.profiling.enable and last > config.training.steps:
+    """What is profiled comes before the run's end, and is there to be recorded."""
+    settings = config.profiling
+    last = settings.start_step + settings.steps - 1
+    if settings.memory_snapshot and config.cluster.device is Device.cpu:
         yield Problem(
-            f"profiling traces steps {config.profiling.start_step} to {last}, "
+            "profiling.memory_snapshot = true, but cluster.device = cpu",
+            "PyTorch remembers who holds memory on CUDA only. memory_gib in metrics.jsonl is the process's peak here.",
+            "profiling.memory_snapshot=false   or  profiling=trace   for the time",
+        )
+    if (settings.enable or settings.memory_snapshot) and last > config.training.steps:
+        yield Problem(
+            f"profiling looks at steps {config.profiling.start_step} to {last}, "
             f"but training.steps = {config.training.steps}",
             suggestion=f"profiling.start_step=2 profiling.steps={min(3, config.training.steps - 1)}"
             if config.training.steps > 1

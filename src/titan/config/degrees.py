@@ -153,6 +153,9 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
     checkpoint = replace(config.checkpoint, initial_load=_absolute(config.checkpoint.initial_load))
     if checkpoint.last_dtype is Dtype.auto:
         checkpoint = replace(checkpoint, last_dtype=Dtype.float32)
+    optimizer = config.optimizer
+    if optimizer.state_dtype is Dtype.auto:
+        optimizer = replace(optimizer, state_dtype=Dtype.float32)
     cache = config.data.cache_dir or machine.cache_dir
     validation = config.validation
     if validation.data is not None:
@@ -166,6 +169,7 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         data=resolve_data(config.data, cache),
         tokenizer=resolve_tokenizer(config.tokenizer),
         validation=validation,
+        optimizer=optimizer,
         checkpoint=checkpoint,
     ), problems
 

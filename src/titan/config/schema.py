@@ -453,6 +453,9 @@ class OptimizerConfig:
     """Whether weight decay also acts on the embedding."""
     decay_norms: bool = False
     """Whether weight decay also acts on norms and biases."""
+    state_dtype: Dtype = Dtype.float32
+    """Format that both moments are kept in; bfloat16 halves their memory, and steps are computed in float32 anyway.
+    auto is float32."""
 
 
 @dataclass
@@ -489,6 +492,8 @@ class CompileConfig:
     """Compile every transformer block."""
     loss: bool = True
     """Compile the loss too."""
+    optimizer: bool = False
+    """Compile the optimizer's update too, instead of taking PyTorch's fused kernel."""
     backend: str = "inductor"
     """The compiler's backend, by PyTorch's name."""
     mode: CompileMode = CompileMode.default
@@ -582,14 +587,16 @@ class MetricsConfig:
 
 @dataclass
 class ProfilingConfig:
-    """PyTorch profiler traces."""
+    """A close look at some steps: where their time goes, and the GPU's memory."""
 
     enable: bool = False
-    """Write one trace a rank to <run.dir>/profiles."""
+    """Write one trace a rank to <run.dir>/profiles; say what the time went into, and the costliest operators."""
+    memory_snapshot: bool = False
+    """On CUDA: write which lines of code hold the memory, after the last of these steps or when it runs out before."""
     start_step: int = 10
-    """First step to trace; the one before is traced and thrown away as warm-up."""
+    """First step to look at; the one before is traced and thrown away as warm-up."""
     steps: int = 3
-    """Steps in the trace."""
+    """How many steps to look at."""
 
 
 @dataclass
@@ -629,4 +636,4 @@ class TitanConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """What is written down."""
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
-    """Profiler traces."""
+    """A close look at some steps."""

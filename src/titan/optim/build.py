@@ -7,16 +7,26 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from titan.config.schema import OptimizerConfig
+from titan.config.schema import Dtype, OptimizerConfig
+from titan.optim.adamw import AdamW
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, device: torch.device
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    device: torch.device,
+    compile_with: str | None = None,
 ) -> torch.optim.AdamW:
     """Return AdamW over two groups: parameters that decay and parameters that do not.
 
     Norms, biases and embeddings do not decay unless the config asks: decay pulls towards zero, and zero means
     nothing for a scale or for a word that a batch did not hold.
+
+    Args:
+        named_parameters: This rank's.
+        config: How.
+        device: The one that computes.
+        compile_with: The backend that compiles the update; None takes PyTorch's fused kernel.
     """
     decaying, others = [], []
     for name, parameter in named_parameters:
@@ -25,13 +35,22 @@ def build_optimizer(
         {"params": decaying, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    options = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": device.type in ("cpu", "cuda"),
+    }
+    groups = [group for group in groups if group["params"]]
+    state_dtype = state_dtype_of(config)
+    if state_dtype is None and compile_with is None:
+        return torch.optim.AdamW(groups, **options)
+    return AdamW(groups, state_dtype, compile_with, **options)
+
+
+def state_dtype_of(config: OptimizerConfig) -> torch.dtype | None:
+    """Return the format of the moments; None for that of the parameters, float32."""
+    return torch.bfloat16 if config.state_dtype is Dtype.bfloat16 else None
 
 
 def has_weight_decay(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> bool:

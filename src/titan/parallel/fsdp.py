@@ -50,32 +50,62 @@ def apply_fsdp(
     """
     # Inputs are not cast: the rotary angles have to stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    reshard = {
-        ReshardAfterForward.default: not has_pipeline,
-        ReshardAfterForward.always: True,
-        ReshardAfterForward.never: False,
-    }[reshard_after_forward]
+    reshard = _frees_blocks(reshard_after_forward, has_pipeline)
     # Pinned memory is what a GPU fetches from by itself.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for block in model.layers.values():
         shard(block, reshard_after_forward=reshard)
-    ends = [module for module in (model.norm, model.output) if module is not None]
-    if model.config.tie_embeddings and model.tok_embeddings is not None:
-        # A shared parameter can belong to one group only.
-        ends = [model.tok_embeddings, *ends]
-    elif model.tok_embeddings is not None:
+    ends = _ends(model)
+    if model.tok_embeddings is not None and model.tok_embeddings not in ends:
         shard(model.tok_embeddings, reshard_after_forward=reshard)
     if ends:
         # Last in forward and first in backward: freeing them in between would only mean to gather them again.
-        keep = reshard_after_forward is not ReshardAfterForward.always
-        shard(ends, reshard_after_forward=not keep)
+        shard(ends, reshard_after_forward=reshard_after_forward is ReshardAfterForward.always)
     shard(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # or gloo is asked for a fused multiply-and-sum, which it does not have
             module.set_force_sum_reduction_for_comms(True)
+
+
+def begin_micro_batch(model: Decoder, reshard_after_forward: ReshardAfterForward, is_last: bool) -> None:
+    """Tell FSDP which of a step's micro-batches comes next, so that nothing travels without need between them.
+
+    Gradients are summed over the ranks once, in the last one's backward pass. And weights that stay gathered from
+    forward to backward stay so up to the last one's: until the update they do not change. That takes no more memory
+    than the last micro-batch does, which has the sum of the others' gradients beside them.
+
+    Args:
+        model: Whole, with FSDP applied.
+        reshard_after_forward: As it was applied.
+        is_last: Whether it is the last.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_gradient_sync(is_last)
+    if not _frees_blocks(reshard_after_forward, has_pipeline=False):
+        model.set_reshard_after_backward(is_last)
+    elif reshard_after_forward is ReshardAfterForward.default:
+        for module in _ends(model):
+            assert isinstance(module, FSDPModule), "applied"
+            module.set_reshard_after_backward(is_last, recurse=False)
+
+
+def _frees_blocks(reshard_after_forward: ReshardAfterForward, has_pipeline: bool) -> bool:
+    return {
+        ReshardAfterForward.default: not has_pipeline,
+        ReshardAfterForward.always: True,
+        ReshardAfterForward.never: False,
+    }[reshard_after_forward]
+
+
+def _ends(model: Decoder) -> list[nn.Module]:
+    """Return what is gathered as one at the end of the model."""
+    # A shared parameter can belong to one group only.
+    embedding = model.tok_embeddings if model.config.tie_embeddings else None
+    return [module for module in (embedding, model.norm, model.output) if module is not None]
 
 
 def forget_forward(model: nn.Module) -> None:

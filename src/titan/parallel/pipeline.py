@@ -32,11 +32,24 @@ from titan.data.loader import Batch
 from titan.models.decoder import Decoder
 
 
+class Stage(PipelineStage):
+    """PyTorch's, whose gradients are summed over ranks once a step, however often its schedule runs in it."""
+
+    is_last_run = True
+    """Whether the step's last micro-batch flows through it."""
+
+    def perform_reduce_grad(self, grad_scale_factor: int) -> None:
+        """Sum them after the last micro-batch; until then they are kept whole, as between two pieces of one."""
+        if self.is_last_run:
+            super().perform_reduce_grad(grad_scale_factor)
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """This rank's stages and the schedule that runs them."""
 
     schedule: PipelineScheduleSingle | PipelineScheduleMulti
+    stages: list[Stage]
     has_first_stage: bool
     has_last_stage: bool
 
@@ -131,7 +144,7 @@ def build_pipeline(
     stages = []
     for part, index in zip(parts, stage_indices, strict=True):
         stages.append(
-            PipelineStage(
+            Stage(
                 part,
                 index,
                 n_stages,
@@ -151,11 +164,18 @@ def build_pipeline(
     )
     if schedule_csv is not None:
         built._load_csv(schedule_csv)
-    return Pipeline(built, 0 in stage_indices, n_stages - 1 in stage_indices)
+    return Pipeline(built, stages, 0 in stage_indices, n_stages - 1 in stage_indices)
 
 
-def run_pipeline(pipeline: Pipeline, tokens: Tensor, labels: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Run forward and backward of one micro-batch; returns the loss on the rank of the last stage, zero elsewhere."""
+def run_pipeline(
+    pipeline: Pipeline, tokens: Tensor, labels: Tensor, starts: Tensor | None = None, is_last: bool = True
+) -> Tensor:
+    """Run forward and backward of one micro-batch; returns the loss on the rank of the last stage, zero elsewhere.
+
+    Gradients are there when the last one of a step has run.
+    """
+    for stage in pipeline.stages:
+        stage.is_last_run = is_last
     losses: list[Tensor] | None = [] if pipeline.has_last_stage else None
     target = labels if pipeline.has_last_stage else None
     arguments = (tokens,) if pipeline.has_first_stage else ()

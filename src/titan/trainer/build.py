@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from titan.checkpoint.state import NamedParameters
 from titan.checkpoint.store import CheckpointStore
 from titan.config.degrees import accumulation_steps, describe_degrees, world_size
-from titan.config.schema import CheckpointMode, SourceConfig, TitanConfig
+from titan.config.schema import CheckpointMode, Dtype, SourceConfig, TitanConfig
 from titan.data.feed import Feed, PreparedFeed, StreamedText, build_stream_feed, open_streams
 from titan.data.held_out import HeldOutRows
 from titan.data.loader import Share
@@ -94,7 +94,7 @@ def build_trainer(
     seed_generators(config.training.seed, str({axis: at for axis, at in mesh.coordinates.items() if axis != "tp"}))
     family = load_family(config.model.family)
     model = build_model(config, family, mesh, device)
-    optimizer = build_optimizer(model.parameters, config.optimizer, device)
+    optimizer = build_optimizer(model.parameters, config.optimizer, device, update_compiler(config))
     directory = RunDirectory(Path(config.run.dir))
     store = None
     if config.checkpoint.mode is not CheckpointMode.disabled:
@@ -125,6 +125,11 @@ def build_trainer(
     for line in describe_trainer(trainer, model.applied):
         logger.info(line)
     return trainer
+
+
+def update_compiler(config: TitanConfig) -> str | None:
+    """Return the backend that compiles the optimizer's update; None where it is not compiled."""
+    return config.compile.backend if config.compile.enable and config.compile.optimizer else None
 
 
 def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
@@ -203,7 +208,8 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
         ),
         (
             "precision",
-            f"compute {training.param_dtype.name}, gradients summed in {training.reduce_dtype.name}",
+            f"compute {training.param_dtype.name}, gradients summed in {training.reduce_dtype.name}"
+            + ", moments kept in bfloat16" * (config.optimizer.state_dtype is Dtype.bfloat16),
         ),
         (
             "batch",
@@ -222,6 +228,8 @@ def describe_trainer(trainer: Trainer, applied: list[str]) -> list[str]:
             )
         )
     lines += [("applied", line) for line in applied]
+    if update_compiler(config) is not None:
+        lines.append(("applied", f"optimizer's update compiled with {config.compile.backend}"))
     absent = [
         name
         for name, is_on in (

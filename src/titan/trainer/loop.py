@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from titan.config.schema import CheckpointContent
 from titan.data.digest import format_digest, to_signed
@@ -21,6 +22,7 @@ from titan.metrics.meter import Meter, bits_per_byte
 from titan.metrics.sinks import Console, JsonLines, format_seconds
 from titan.models.flops import peak_tflops
 from titan.optim.schedule import lr_factor, set_learning_rate
+from titan.trainer.breakdown import DATA
 from titan.trainer.build import Trainer
 from titan.trainer.compilations import Compilations
 from titan.trainer.device import GarbageCollector, device_name
@@ -61,7 +63,9 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
             stack.callback(sink.close)
         validator = Validator(trainer, meter, sinks, watchdog, lambda: end_if_told(trainer, saver, warning))
         collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
-        profile = stack.enter_context(Profile(config.profiling, trainer.directory.profiles, dist.get_rank()))
+        profile = stack.enter_context(
+            Profile(config.profiling, trainer.directory.profiles, dist.get_rank(), state.step)
+        )
         result, compilations = None, Compilations(config.compile.enable)
         rows_log = open_rows_log(trainer)
         if rows_log is not None:
@@ -99,12 +103,13 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                     write_metrics(trainer, meter, result, learning_rate, sinks)
             for sink in sinks:
                 sink.step()
+            with watchdog.extended():
+                profile.step(state.step)
             told, wishes = agree(trainer, warning() if state.step < steps else 0, saver.wishes())
             with watchdog.extended():
                 if told:
                     raise Stopped(signal.Signals(told).name, state.step, saver.save_now())
                 saver.after_step(wishes)
-            profile.step()
             collector.step(state.step)
         if config.checkpoint.last_content is CheckpointContent.weights:  # from which no validation could go on
             validator.run_if_due()
@@ -238,9 +243,10 @@ def steps_of_batches(trainer: Trainer, meter: Meter, left_out: Collection[int] =
     with contextlib.closing(steps):
         while True:
             start = time.perf_counter()
-            if (found := next(steps, None)) is None:
-                return
-            step = found.prepared_for(trainer.device, trainer.positions)
+            with record_function(DATA):
+                if (found := next(steps, None)) is None:
+                    return
+                step = found.prepared_for(trainer.device, trainer.positions)
             trainer.data.cursors = step.cursors
             meter.data_seconds += time.perf_counter() - start
             yield step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from titan.data.loader import Batch
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily
 from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_parameters
+from titan.parallel.fsdp import begin_micro_batch
 from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import (
     ForwardPipeline,
@@ -71,7 +73,8 @@ def build_model(
         whole = family.build(config.model, config.training.seq_len)
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
-        seams = build_forward_backward(whole), build_evaluate(whole)
+        begin = partial(begin_micro_batch, whole, config.parallelism.reshard_after_forward)
+        seams = build_forward_backward(whole, lambda is_last: begin(is_last=is_last)), build_evaluate(whole)
         return BuiltModel([whole], *seams, applied)
 
     settings, stage_group = config.parallelism, mesh.stage_group
@@ -144,7 +147,10 @@ class PipelineForwardBackward:
     def __call__(self, batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         """Run all micro-batches; returns the loss on the rank of the last stage, zero elsewhere."""
         self.valid_tokens = valid_tokens
-        losses = [run_pipeline(self.pipeline, batch.tokens, batch.labels, batch.starts) for batch in batches]
+        losses = [
+            run_pipeline(self.pipeline, batch.tokens, batch.labels, batch.starts, is_last=index == len(batches) - 1)
+            for index, batch in enumerate(batches)
+        ]
         if self.tied is not None:
             self.tied.add_gradients()
         return torch.stack(losses).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
@@ -110,7 +110,16 @@ def load_checkpoint(
     # the generators are those of ranks; on another mesh there are others, and nothing that they draw is missed
     is_same_mesh = takes_all and manifest.mesh == trainer.mesh.degrees
     generators = _generators(infos) if is_same_mesh and not exclude else {}
-    store.load(folder, state | cursors | generators, is_wanted, can_cast=not takes_all, metadata=metadata)
+    # weights that another run begins from may have any format, moments that this one keeps in another too
+    store.load(
+        folder,
+        state | cursors | generators,
+        is_wanted,
+        can_cast=lambda name: not takes_all or name.startswith(OPTIMIZER),
+        metadata=metadata,
+    )
+    if line := _describe_conversion(state, infos):
+        logger.info(line)
     fill_copies(trainer.parameters, trainer.optimizer if takes_all and has_optimizer else None)
     for tensor in generators.values():
         set_rng_state(tensor)
@@ -172,6 +181,17 @@ def verify_foreign(store: CheckpointStore, folder: Path) -> Manifest:
     if wrong := store.check(Saved(manifest, folder)):
         raise CheckpointError(f"{folder} is damaged: {'; '.join(wrong)}")
     return manifest
+
+
+def _describe_conversion(state: Mapping[str, Tensor], infos: Mapping[str, TensorInfo]) -> str:
+    """Say that the optimizer's state was saved in another format than it is kept in; nothing where it was not."""
+    pairs = {
+        (infos[name].dtype, tensor.dtype)
+        for name, tensor in state.items()
+        if name.startswith(OPTIMIZER) and infos[name].dtype != tensor.dtype
+    }
+    changes = [" to ".join(str(dtype).removeprefix("torch.") for dtype in pair) for pair in sorted(pairs, key=str)]
+    return f"the optimizer's moments were converted from {', '.join(changes)}" if changes else ""
 
 
 def _generators(infos: dict[str, TensorInfo]) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.profiler import record_function
 
 from titan.data.loader import Batch
 from titan.errors import NonFiniteError
 from titan.optim.clip import clip_gradients, global_grad_norm
+from titan.trainer.breakdown import OPTIMIZER
 from titan.trainer.loss import count_valid_tokens
 
 ForwardBackward = Callable[[Sequence[Batch], Tensor], Tensor]
@@ -42,15 +43,18 @@ class StepResult:
     """What else was added up over the ranks, modulo 2^64."""
 
 
-def build_forward_backward(model: nn.Module) -> ForwardBackward:
-    """Return the seam for a model that runs whole: one micro-batch after the other."""
+def build_forward_backward(model: nn.Module, begin_micro_batch: Callable[[bool], None]) -> ForwardBackward:
+    """Return the seam for a model that runs whole: one micro-batch after the other.
+
+    Args:
+        model: On its mesh.
+        begin_micro_batch: Is told before each whether it is the last: `titan.parallel.fsdp.begin_micro_batch`.
+    """
 
     def run(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         total = torch.zeros((), device=valid_tokens.device)
         for index, batch in enumerate(batches):
-            if isinstance(model, FSDPModule):
-                # Gradients travel once a step, after the last micro-batch.
-                model.set_requires_gradient_sync(index == len(batches) - 1)
+            begin_micro_batch(index == len(batches) - 1)
             loss = model(batch.tokens, batch.starts, batch.labels) / valid_tokens
             loss.backward()
             total += loss.detach()
@@ -125,9 +129,11 @@ def train_step(
     if is_bad_anywhere:
         wrong = describe_spike(result, spike_grad_norm)
         raise NonFiniteError(f"{wrong}; no weight was moved", result.loss, result.grad_norm)
-    clip_gradients(parameters, norm, max_grad_norm)
+    with record_function(OPTIMIZER):
+        clip_gradients(parameters, norm, max_grad_norm)
     before_update()
-    optimizer.step()
+    with record_function(OPTIMIZER):
+        optimizer.step()
     return result
 
 

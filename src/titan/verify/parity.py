@@ -190,7 +190,7 @@ def build_layout(
         run=replace(config.run, dir=str(directory)),
         cluster=replace(cluster, nodes=1, devices_per_node=ranks, device=Device.cpu),
         checkpoint=checkpoint or CheckpointConfig(mode=CheckpointMode["disabled"]),
-        profiling=replace(config.profiling, enable=False),
+        profiling=replace(config.profiling, enable=False, memory_snapshot=False),
         validation=replace(config.validation, interval=0),
     )
     if shrink:
@@ -277,7 +277,8 @@ def tolerance_of(config: TitanConfig) -> Tolerance:
     """Return what a config's number formats allow."""
     if config.float8.recipe is not Float8Recipe.none:
         return FLOAT8
-    is_exact = config.training.param_dtype is Dtype.float32 and config.training.reduce_dtype is Dtype.float32
+    training, narrow = config.training, Dtype.bfloat16
+    is_exact = narrow not in (training.param_dtype, training.reduce_dtype, config.optimizer.state_dtype)
     return FLOAT32 if is_exact else BFLOAT16
 
 
