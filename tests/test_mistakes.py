@@ -345,6 +345,35 @@ MISTAKES = {
         "exceeds model.n_layers = 6",
         "activation_checkpoint.every=2",
     ),
+    "cuDNN on a CPU": ("training.attention=cudnn", "but cluster.device = cpu", "Try  training.attention=auto"),
+    "FlexAttention on a CPU": ("training.attention=flex", "has no backward pass on a CPU", "training.attention=auto"),
+    "FlashAttention 3 on a CPU": ("training.attention=flash3", "but cluster.device = cpu", "training.attention=auto"),
+    "an unknown kernel": ("training.attention=flashh", "training.attention = flashh", "training.attention=flash"),
+    "FlexAttention without documents": (
+        "cluster=simulated training.attention=flex",
+        "training.attention = flex, but data.mask_documents = false",
+        "Try  training.attention=auto   or  data.mask_documents=true",
+    ),
+    "flash attention over documents": (
+        "cluster=simulated training.attention=flash data.mask_documents=true",
+        "training.attention = flash, but data.mask_documents = true",
+        "Try  training.attention=flex   or  data.mask_documents=false",
+    ),
+    "flash attention in float32": (
+        "cluster=simulated training.attention=flash training.param_dtype=float32",
+        "training.attention = flash, but training.param_dtype = float32",
+        "Try  training.param_dtype=bfloat16   or  training.attention=efficient",
+    ),
+    "a ring of another kernel": (
+        "training.attention=math parallelism.cp=2 parallelism.cp_method=ring cluster.devices_per_node=2",
+        "training.attention = math together with parallelism.cp_method = ring",
+        "Try  training.attention=auto   or  parallelism.cp_method=allgather",
+    ),
+    "cuDNN and the same bits": (
+        "cluster=simulated training.attention=cudnn training.deterministic=true",
+        "training.attention = cudnn, but training.deterministic = true",
+        "Try  training.attention=flash   or  training.deterministic=false",
+    ),
     "float8 on a CPU": ("float8=rowwise", "needs a GPU with float8", "Try  float8=none   or  float8.emulate=true"),
     # files
     "weights that are not there": ("checkpoint.initial_load=nope", "nope is not a folder", "checkpoints/step_"),

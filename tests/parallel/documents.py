@@ -12,6 +12,7 @@ from titan.parallel.context import positions_of_rank
 from titan.parallel.mesh import build_mesh
 from titan.trainer.model import build_model
 
+from .flex import flex_on_cpu
 from .layouts import layout_config
 
 ENDS = (11, 24, 32)
@@ -30,6 +31,12 @@ def make_batch(changed: int | None, counted: int, rows: int, apart: bool) -> Bat
         tokens[:, BEGINS[changed] : ENDS[changed]] = (tokens[:, BEGINS[changed] : ENDS[changed]] + 97) % 250
     starts = torch.cat([torch.full((end - begin,), begin) for begin, end in zip(BEGINS, ENDS, strict=True)])
     return Batch(tokens, labels, starts.expand(rows, -1).contiguous() * apart)
+
+
+def effects_on_flex(world_size: int, overrides: tuple[str, ...]) -> dict[str, list[list[bool]]]:
+    """Return the same as `effects`, of FlexAttention."""
+    with flex_on_cpu():
+        return effects(world_size, overrides)
 
 
 def effects(world_size: int, overrides: tuple[str, ...], apart: bool = True) -> dict[str, list[list[bool]]]:

@@ -73,7 +73,7 @@ def positions_counted_from_zero_on_each_rank() -> Iterator[None]:
 def mask_of_the_first_part_everywhere() -> Iterator[None]:
     """Causal among a rank's own queries and the first keys, as if its part were the beginning."""
 
-    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any) -> torch.Tensor:
         length = q.shape[2]
         return titan.models.attention.attend(q, k[:, :, :length], v[:, :, :length])
 
@@ -88,7 +88,7 @@ def documents_ignored() -> Iterator[None]:
     def all_before(starts: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return (keys <= queries.unsqueeze(-1)).expand(*starts.shape, -1).unsqueeze(1)
 
-    with mock.patch.object(titan.parallel.context, "visible_keys", all_before):
+    with mock.patch.object(titan.models.attention, "visible_keys", all_before):
         yield
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .documents import ENDS, effects
+from .documents import ENDS, effects, effects_on_flex
 from .matrix import BLOCK_EACH, mesh, options
 from .pool import RankPool
 
@@ -41,6 +41,34 @@ def test_a_document_changes_nothing_of_another(pools: Callable[[int], RankPool],
     for found in pools(world_size).run(effects, world_size, overrides):
         assert found == dict.fromkeys(found, ALONE)
         assert "loss" in found
+
+
+FLEX_LAYOUTS = (
+    "one process",
+    "one process, recomputed",
+    "tensor parallel",
+    "pipeline",
+    "allgather, head-tail",
+    "allgather, in order",
+    "all_to_all, head-tail",
+    "context parallel in a pipeline",
+)
+
+
+@pytest.mark.parametrize("layout", FLEX_LAYOUTS)
+def test_a_document_changes_nothing_of_another_in_tiles(pools: Callable[[int], RankPool], layout: str) -> None:
+    """Not one bit either where FlexAttention leaves out what documents do not see of each other."""
+    world_size, overrides = LAYOUTS[layout]
+    for found in pools(world_size).run(effects_on_flex, world_size, overrides):
+        assert found == dict.fromkeys(found, ALONE)
+        assert "loss" in found
+
+
+@pytest.mark.parametrize("kernel", ["flash", "math"])
+def test_a_document_changes_nothing_of_another_by_any_kernel(pools: Callable[[int], RankPool], kernel: str) -> None:
+    """The kernels that a CPU has take the mask alike."""
+    (found,) = pools(1).run(effects, 1, (*mesh(), f"training.attention={kernel}"))
+    assert found == dict.fromkeys(("loss", "gradients", "logits"), ALONE)
 
 
 def test_without_the_mask_the_test_sees_a_leak(pools: Callable[[int], RankPool]) -> None:

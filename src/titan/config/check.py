@@ -6,6 +6,7 @@ imports torch and never starts anything. So the same rules hold on a laptop, on 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import shutil
@@ -27,6 +28,7 @@ from titan.config.keys import flatten, override
 from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ActivationCheckpointMode,
+    Attention,
     CheckpointConfig,
     CheckpointContent,
     CheckpointMode,
@@ -448,6 +450,68 @@ def check_compiler(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
+_CUDA_ONLY = {
+    Attention.cudnn: "cuDNN is a library of CUDA's.",
+    Attention.efficient: "PyTorch has it for CUDA only.",
+    Attention.flash3: "FlashAttention 3 is for Hopper GPUs.",
+    Attention.flex: "FlexAttention has no backward pass on a CPU.",
+}
+_SIXTEEN_BITS = (Attention.flash, Attention.flash3, Attention.cudnn)
+_ONLY_CAUSAL = (Attention.flash, Attention.flash3)
+_IN_A_RING = (Attention.auto, Attention.flash, Attention.flash3)
+
+
+def check_attention(config: TitanConfig) -> Iterator[Problem]:
+    """The kernel of attention exists for the device, and can do what the data and the layout ask of it."""
+    training, attention = config.training, config.training.attention
+    key, on_cpu = f"training.attention = {attention.name}", config.cluster.device is Device.cpu
+    has_ring = config.parallelism.cp > 1 and config.parallelism.cp_method is ContextMethod.ring
+    if on_cpu and attention in _CUDA_ONLY:
+        yield Problem(
+            f"{key}, but cluster.device = cpu",
+            _CUDA_ONLY[attention],
+            "training.attention=auto   (on a CPU there are flash and math)",
+        )
+        return
+    if attention is Attention.flex and not config.data.mask_documents:
+        yield Problem(
+            f"{key}, but data.mask_documents = false",
+            "It is there to skip what documents do not see of each other; the plain causal mask the others know.",
+            "training.attention=auto   or  data.mask_documents=true",
+        )
+    if has_ring and attention not in _IN_A_RING:
+        yield Problem(
+            f"{key} together with parallelism.cp_method = ring",
+            "The ring merges results by their log-sum-exp, which it has from flash.",
+            "training.attention=auto   or  parallelism.cp_method=allgather",
+        )
+    if not on_cpu and attention in _SIXTEEN_BITS and training.param_dtype is Dtype.float32:
+        yield Problem(
+            f"{key}, but training.param_dtype = float32",
+            "On CUDA it computes with 16 bits only.",
+            "training.param_dtype=bfloat16   or  training.attention=efficient",
+        )
+    if not on_cpu and attention in _ONLY_CAUSAL and config.data.mask_documents:
+        yield Problem(
+            f"{key}, but data.mask_documents = true",
+            "On CUDA it knows no mask but the causal one.",
+            f"training.attention={'auto' if has_ring else 'flex'}   or  data.mask_documents=false",
+        )
+    if attention is Attention.cudnn and training.deterministic:
+        yield Problem(
+            f"{key}, but training.deterministic = true",
+            "Its backward pass does not give the same bits every time.",
+            "training.attention=flash   or  training.deterministic=false",
+        )
+    is_elsewhere = config.cluster.kind is not ClusterKind.local  # where the packages may be others
+    if attention is Attention.flash3 and not is_elsewhere and importlib.util.find_spec("flash_attn_interface") is None:
+        yield Problem(
+            f"{key}, but the package flash_attn_3 is not installed",
+            "PyTorch takes its kernels from the module flash_attn_interface, which is not here.",
+            "training.attention=cudnn   (as new, on Hopper)   or  training.attention=auto",
+        )
+
+
 def check_activation_checkpoint(config: TitanConfig) -> Iterator[Problem]:
     """every_nth leaves some block to act on."""
     settings = config.activation_checkpoint
@@ -756,6 +820,7 @@ RULES: tuple[Rule, ...] = (
     check_tokenizer,
     check_float8,
     check_compiler,
+    check_attention,
     check_activation_checkpoint,
     check_memory_budget,
     check_async_tensor_parallel,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan.config.schema import ModelConfig
-from titan.models.attention import CausalAttention
+from titan.models.attention import CausalAttention, Visible
 from titan.models.decoder import Decoder
 from titan.models.family import Cut, ModelFamily
 from titan.models.flops import count_parameters, flops_per_token
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.wo = Linear(config.n_heads * self.head_size, config.dim)
         self.inner = CausalAttention()
 
-    def forward(self, x: Tensor, rope: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visible: Visible | None = None) -> Tensor:
         """Mix positions.
 
         Shape:
@@ -72,7 +72,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, visible: Visible | None = None) -> Tensor:
         """Transform. Shape: x (B, S, D) -> (B, S, D); the others as `Attention` takes them."""
         x = x + self.attention(self.attention_norm(x), rope, visible)
         return x + self.feed_forward(self.ffn_norm(x))

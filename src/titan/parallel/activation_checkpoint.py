@@ -18,7 +18,15 @@ from titan.models.decoder import Decoder
 
 _MATRIX_PRODUCTS = {"aten.mm", "aten.linear", "aten.addmm", "mkldnn._linear_pointwise", "aten._scaled_mm"}
 _ALWAYS_KEPT = (
-    "aten._scaled_dot_product",  # every attention kernel
+    # Every attention kernel: of SDPA, its inner ones, FlexAttention and what is compiled of it by itself, and the ones
+    # for rows of unequal length, which a family of one's own may call.
+    "aten._scaled_dot_product",
+    "aten._flash_attention_forward",
+    "aten._efficient_attention_forward",
+    "aten._cudnn_attention_forward",
+    "flex_attention",
+    "inductor_compiled_code",
+    "torch_attn._varlen_attn",
     # What other ranks had to send, but for gathering: its result is larger than its input by the number of ranks.
     "_c10d_functional.reduce_scatter",
     "_c10d_functional.all_reduce",

@@ -7,12 +7,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from titan.config.degrees import pipeline_microbatches
-from titan.config.schema import ActivationCheckpointMode, Dtype, Float8Recipe, TitanConfig
+from titan.config.schema import ActivationCheckpointMode, ClusterKind, ContextMethod, Dtype, Float8Recipe, TitanConfig
 from titan.errors import TitanError
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily
 from titan.models.init import Draw, draw_rows
 from titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan.parallel.attention import AttentionShape, apply_attention
 from titan.parallel.compile import apply_compile
 from titan.parallel.context import apply_context_parallel
 from titan.parallel.float8 import apply_float8
@@ -43,6 +44,8 @@ def apply_parallelism(
     if mesh.cp_group is not None:
         apply_context_parallel(model, mesh.cp_group, settings.cp_method, settings.cp_head_tail)
         done.append(f"context parallel {settings.cp_method.name}{', head-tail balanced' * settings.cp_head_tail}")
+    if config.cluster.kind is not ClusterKind.simulated or config.cluster.simulated_steps:
+        done.append(apply_attention(model, config.training.attention, _attention_shape(config), device))
     if settings.tp > 1:
         apply_tensor_parallel(model, family.cut_of, mesh.tp, settings.sequence_parallel, settings.loss_parallel)
         done.append(
@@ -89,6 +92,21 @@ def apply_parallelism(
     if settings.cpu_offload:
         done.append("weights, gradients and optimizer in the CPU's memory")
     return done
+
+
+def _attention_shape(config: TitanConfig) -> AttentionShape:
+    model, settings = config.model, config.parallelism
+    over_heads = settings.tp
+    if settings.cp > 1 and settings.cp_method is ContextMethod.all_to_all:
+        over_heads *= settings.cp
+    return AttentionShape(
+        heads=model.n_heads // over_heads,
+        kv_heads=model.n_kv_heads // over_heads,
+        head_size=model.dim // model.n_heads,
+        dtype=DTYPES[config.training.param_dtype],
+        has_documents=config.data.mask_documents,
+        method=settings.cp_method if settings.cp > 1 else None,
+    )
 
 
 def init_weights(

@@ -28,9 +28,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from titan.config.schema import ContextMethod
-from titan.models.attention import CausalAttention, attend, visible_keys
+from titan.models.attention import CausalAttention, Visible, attend
 from titan.models.decoder import Decoder
 from titan.parallel.collectives import all_gather, gather
 
@@ -66,47 +67,48 @@ class _ContextAttention(CausalAttention):
         held = torch.cat([positions_of_rank(length, ranks, rank, self.head_tail) for rank in range(ranks)])
         return held.to(device), held.argsort().to(device)
 
-    def visible(self, starts: Tensor, positions: Tensor) -> Tensor:
-        """Return which keys of the whole sequence this rank's queries see. Shape: (B, S/cp) -> (B, 1, S/cp, S)."""
-        keys = torch.arange(self.group.size() * starts.shape[1], device=starts.device)
-        return visible_keys(starts, positions, keys)
+    def visible(self, starts: Tensor, positions: Tensor) -> Visible:
+        """Return which keys of the whole sequence this rank's queries see. Shape: (B, S/cp) -> for S/cp and S."""
+        return self.mask(starts, positions, self.group.size() * starts.shape[1])
 
 
 class AllGatherAttention(_ContextAttention):
     """Fetch all keys and values; attend with this rank's queries."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E)."""
         ranks, rank, length = self.group.size(), self.group.rank(), q.shape[2]
         _, inverse = self.order(ranks * length, q.device)
         k, v = (gather(x, 2, self.group).index_select(2, inverse) for x in (k, v))
         if visible is not None:
-            return attend(q, k, v, visible)
+            return attend(q, k, v, visible, self.kernel)
         if not self.head_tail:
             end = (rank + 1) * length
-            return attend(q, k[:, :, :end], v[:, :, :end])
+            return attend(q, k[:, :, :end], v[:, :, :end], None, self.kernel)
         head, tail = q.chunk(2, dim=2)
         chunk = length // 2
         ends = ((rank + 1) * chunk, (2 * ranks - rank) * chunk)
-        parts = [attend(part, k[:, :, :end], v[:, :, :end]) for part, end in zip((head, tail), ends, strict=True)]
+        parts = [
+            attend(part, k[:, :, :end], v[:, :, :end], None, self.kernel)
+            for part, end in zip((head, tail), ends, strict=True)
+        ]
         return torch.cat(parts, dim=2)
 
 
 class AllToAllAttention(_ContextAttention):
     """Exchange sequence for heads, attend over whole sequences, and exchange back."""
 
-    def visible(self, starts: Tensor, positions: Tensor) -> Tensor:
-        """Return which keys every query of the sequence sees. Shape: (B, S/cp) -> (B, 1, S, S)."""
+    def visible(self, starts: Tensor, positions: Tensor) -> Visible:
+        """Return which keys every query of the sequence sees. Shape: (B, S/cp) -> for S and S."""
         _, inverse = self.order(self.group.size() * starts.shape[1], starts.device)
         whole = all_gather(starts, 1, self.group).index_select(1, inverse)
-        keys = torch.arange(whole.shape[1], device=whole.device)
-        return visible_keys(whole, keys, keys)
+        return self.mask(whole, torch.arange(whole.shape[1], device=whole.device), whole.shape[1])
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E). H and K are multiples of cp."""
         held, inverse = self.order(self.group.size() * q.shape[2], q.device)
         q, k, v = (_exchange(x, 1, 2, self.group).index_select(2, inverse) for x in (q, k, v))
-        return _exchange(attend(q, k, v, visible).index_select(2, held), 2, 1, self.group)
+        return _exchange(attend(q, k, v, visible, self.kernel).index_select(2, held), 2, 1, self.group)
 
 
 def _exchange(x: Tensor, cut: int, join: int, group: dist.ProcessGroup) -> Tensor:
@@ -135,8 +137,9 @@ class _Exchange(torch.autograd.Function):
 class RingAttention(_ContextAttention):
     """Let keys and values travel around the ranks, one hop at a time, and merge the results."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E)."""
+        assert not isinstance(visible, BlockMask), "the ring takes a mask apart by ranks"
         groups = q.shape[1] // k.shape[1]
         if groups > 1:
             # The kernels that give the log-sum-exp take equal heads; autograd sums the copies' gradients.
@@ -273,12 +276,10 @@ def _attend_with_lse(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
         if bias is not None:
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)  # the kernel says 0
-    elif bias is None:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
-    else:  # no flash kernel on CUDA takes a mask
-        scores = _scores(q, k, bias)
-        lse = scores.logsumexp(-1)
-        out = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0) @ v.float()
+        return out, lse
+    if is_in_full(q.dtype, bias is not None):
+        return _attend_in_full(q, k, v, causal, bias)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)[:2]
     return out, lse
 
 
@@ -291,12 +292,8 @@ def _attend_backward(
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias
         )
-    if bias is not None:
-        shares = (_scores(q, k, bias) - lse.unsqueeze(-1)).exp()
-        grad = grad.float()
-        grad_shares = grad @ v.float().transpose(-1, -2) - (grad * out.float()).sum(-1, keepdim=True)
-        grad_scores = shares * grad_shares * q.shape[-1] ** -0.5
-        return grad_scores @ k.float(), grad_scores.transpose(-1, -2) @ q.float(), shares.transpose(-1, -2) @ grad
+    if is_in_full(q.dtype, bias is not None):
+        return _backward_in_full(grad, q, k, v, out, lse, causal, bias)
     empty = torch.empty(0, dtype=torch.int64, device="cpu")
     grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, empty, empty
@@ -304,5 +301,29 @@ def _attend_backward(
     return grads[0], grads[1], grads[2]
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    return q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+def is_in_full(dtype: torch.dtype, has_documents: bool) -> bool:
+    """Return whether the ring has to compute all scores on CUDA, where the flash kernel takes no mask and 16 bits."""
+    return has_documents or dtype is torch.float32
+
+
+def _attend_in_full(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, causal, bias)
+    lse = scores.logsumexp(-1)
+    return (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0) @ v.float(), lse
+
+
+def _backward_in_full(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    shares = (_scores(q, k, causal, bias) - lse.unsqueeze(-1)).exp()
+    grad = grad.float()
+    grad_shares = grad @ v.float().transpose(-1, -2) - (grad * out.float()).sum(-1, keepdim=True)
+    grad_scores = shares * grad_shares * q.shape[-1] ** -0.5
+    return grad_scores @ k.float(), grad_scores.transpose(-1, -2) @ q.float(), shares.transpose(-1, -2) @ grad
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
+    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    if bias is not None:  # causal too
+        return scores + bias
+    return scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf) if causal else scores

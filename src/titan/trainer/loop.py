@@ -22,6 +22,7 @@ from titan.metrics.meter import Meter, bits_per_byte
 from titan.metrics.sinks import Console, JsonLines, format_seconds
 from titan.models.flops import peak_tflops
 from titan.optim.schedule import lr_factor, set_learning_rate
+from titan.trainer.ahead import prepare_steps
 from titan.trainer.breakdown import DATA
 from titan.trainer.build import Trainer
 from titan.trainer.compilations import Compilations
@@ -239,14 +240,14 @@ def steps_of_batches(trainer: Trainer, meter: Meter, left_out: Collection[int] =
         meter: Takes the time.
         left_out: Steps, counted from 1, that come without any.
     """
-    steps = trainer.data.steps(trainer.state.step, trainer.config.training.steps, {step - 1 for step in left_out})
+    read = trainer.data.steps(trainer.state.step, trainer.config.training.steps, {step - 1 for step in left_out})
+    steps = prepare_steps(read, trainer.device, trainer.positions)
     with contextlib.closing(steps):
         while True:
             start = time.perf_counter()
             with record_function(DATA):
-                if (found := next(steps, None)) is None:
+                if (step := next(steps, None)) is None:
                     return
-                step = found.prepared_for(trainer.device, trainer.positions)
             trainer.data.cursors = step.cursors
             meter.data_seconds += time.perf_counter() - start
             yield step

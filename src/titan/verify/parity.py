@@ -22,6 +22,7 @@ from titan.config.degrees import AXES, DATA_AXES, describe_degrees, stages_of_ra
 from titan.config.load import compose, save_config
 from titan.config.schema import (
     ActivationCheckpointConfig,
+    Attention,
     CheckpointConfig,
     CheckpointMode,
     CompileConfig,
@@ -192,6 +193,7 @@ def build_layout(
         checkpoint=checkpoint or CheckpointConfig(mode=CheckpointMode["disabled"]),
         profiling=replace(config.profiling, enable=False, memory_snapshot=False),
         validation=replace(config.validation, interval=0),
+        training=replace(config.training, attention=Attention.auto),  # which kernels there are depends on the device
     )
     if shrink:
         config = shrink_config(config, also)
