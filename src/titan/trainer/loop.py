@@ -101,6 +101,8 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                     if has_gone_back:
                         break
                     continue
+                if taken.number < step:
+                    watchdog.step(step)  # the device has come on by a step
                 meter.steps += 1
                 if rows_log is not None:
                     rows_log.write(describe_rows(trainer, taken.number, result))
@@ -116,7 +118,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
                 continue
             for sink in sinks:
                 sink.step()
-            told, wishes = news.told, news.wishes
+            told, wishes = news.told if step < steps else 0, news.wishes
             if is_known_at_once:
                 now, wishes = agree(trainer, warning() if step < steps else 0, saver.wishes())
                 told, wishes = max(told, now), replace(wishes, is_due=max(wishes.is_due, news.wishes.is_due))

@@ -14,6 +14,7 @@ from titan.data.loader import Batch
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily
 from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_parameters
+from titan.parallel.compile import mark_cuda_graphs
 from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import (
     ForwardPipeline,
@@ -71,7 +72,8 @@ def build_model(
         whole = family.build(config.model, config.training.seq_len)
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
-        seams = build_forward_backward(whole), build_evaluate(whole)
+        begin = mark_cuda_graphs if config.compile.enable and config.compile.mode.has_cuda_graphs else lambda: None
+        seams = build_forward_backward(whole, begin), build_evaluate(whole, begin)
         return BuiltModel([whole], *seams, applied)
 
     settings, stage_group = config.parallelism, mesh.stage_group

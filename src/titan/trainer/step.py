@@ -90,8 +90,13 @@ class PendingResult:
         return result
 
 
-def build_forward_backward(model: nn.Module) -> ForwardBackward:
-    """Return the seam for a model that runs whole: one micro-batch after the other."""
+def build_forward_backward(model: nn.Module, begin: Callable[[], None] = lambda: None) -> ForwardBackward:
+    """Return the seam for a model that runs whole: one micro-batch after the other.
+
+    Args:
+        model: Tokens, starts and labels in, the sum of the losses out.
+        begin: Called before every micro-batch.
+    """
 
     def run(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         total = torch.zeros((), device=valid_tokens.device)
@@ -99,6 +104,7 @@ def build_forward_backward(model: nn.Module) -> ForwardBackward:
             if isinstance(model, FSDPModule):
                 # Gradients travel once a step, after the last micro-batch.
                 model.set_requires_gradient_sync(index == len(batches) - 1)
+            begin()
             loss = model(batch.tokens, batch.starts, batch.labels) / valid_tokens
             loss.backward()
             total += loss.detach()
@@ -107,13 +113,14 @@ def build_forward_backward(model: nn.Module) -> ForwardBackward:
     return run
 
 
-def build_evaluate(model: nn.Module) -> Evaluate:
-    """Return the seam without a backward pass, for a model that runs whole."""
+def build_evaluate(model: nn.Module, begin: Callable[[], None] = lambda: None) -> Evaluate:
+    """Return the seam without a backward pass, for a model that runs whole; see `build_forward_backward`."""
 
     @torch.no_grad()
     def run(batches: Sequence[Batch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
         for batch in batches:
+            begin()
             total += model(batch.tokens, batch.starts, batch.labels)
         return total
 
