@@ -42,7 +42,9 @@ class Runs:
         """Return a checked config of a run of six steps, in the folder of that name."""
         common = ("training.steps=6", "metrics.log_every=1", "checkpoint.interval=2", "cluster.device=cpu")
         where = (f"run.dir={self.folder / name}", f"data.path={self.text}", f"data.cache_dir={self.cache}")
-        return check_config(compose([*TINY, *common, *where, *overrides]), Machine())
+        return check_config(
+            compose([*TINY, *common, *where, *overrides]), Machine(gpus=min(1, torch.cuda.device_count()))
+        )
 
     def build(self, config: TitanConfig) -> Trainer:
         """Return a trainer that has resumed where there is something to resume."""

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import Command
 from tests.support.command import FAULT, TINY, json_lines, results
+from titan.data.loader import Batch
 from titan.errors import NonFiniteError, Stopped
 from titan.run_directory import RunDirectory
 from titan.trainer import loop, step
@@ -238,6 +239,22 @@ def test_ranks_that_learn_at_different_moments_act_at_the_same(
     assert late[3] == [(on_spike, 5)]
 
 
+def test_the_beginning_of_every_micro_batch_is_told() -> None:
+    """Of training and of a validation: before the model is called, and as often; CUDA graphs go by it."""
+    told: list[str] = []
+
+    class Model(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor, starts: None, labels: torch.Tensor) -> torch.Tensor:
+            told.append("model")
+            return (tokens * torch.ones(1, requires_grad=True)).sum()
+
+    batches = [Batch(torch.ones(1, 2), torch.ones(1, 2))] * 3
+    step.build_forward_backward(Model(), lambda: told.append("begin"))(batches, torch.ones(()))
+    assert told == ["begin", "model"] * 3
+    step.build_evaluate(Model(), lambda: told.append("begin"))(batches)
+    assert told == ["begin", "model"] * 6
+
+
 @pytest.fixture
 def on_cuda(runs: Runs) -> Callable[..., Trainer]:
     """Return a trainer of a run on a GPU, with the loss and the gradients of several micro-batches."""
@@ -268,7 +285,7 @@ def around_steps(first: int, last: int, monkeypatch: pytest.MonkeyPatch, begin: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("option", ["compile=none", "compile=inductor", "fault_tolerance.on_spike=skip"])
 def test_on_cuda_nothing_waits_in_steps_that_are_not_logged(
-    on_cuda: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, option: str
+    runs: Runs, on_cuda: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     """PyTorch raises at any call of its own that waits; and titan waits for no event. A logged step does wait."""
     trainer = on_cuda("run", option)
@@ -285,9 +302,10 @@ def test_on_cuda_nothing_waits_in_steps_that_are_not_logged(
         lambda: torch.cuda.set_sync_debug_mode("error"),
         lambda: torch.cuda.set_sync_debug_mode("default"),
     )
-    nan_at(6)(trainer) if "skip" in option else None
+    if "skip" in option:
+        nan_at(6)(trainer)
     try:
-        Runs.fit(None, trainer)  # type: ignore[arg-type]
+        runs.fit(trainer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert {1, 11, 12} <= set(waits)
@@ -297,8 +315,21 @@ def test_on_cuda_nothing_waits_in_steps_that_are_not_logged(
 
 
 @pytest.mark.gpu
+def test_cuda_graphs_are_the_same_run(runs: Runs, on_cuda: Callable[..., Trainer], text_file: Path) -> None:
+    """Losses and validation losses with compile.mode=reduce_overhead are those without graphs."""
+    rows = {}
+    for mode in ("default", "reduce_overhead"):
+        validated = ("validation=text", f"validation.data.path={text_file}", "validation.interval=6")
+        trainer = on_cuda(mode, "compile=inductor", f"compile.mode={mode}", "metrics.log_every=1", *validated)
+        runs.fit(trainer)
+        rows[mode] = [row.get("loss") or row["validation_loss"] for row in json_lines(trainer.directory.metrics)]
+    assert len(rows["default"]) == 14
+    assert rows["reduce_overhead"] == pytest.approx(rows["default"], rel=1e-3)
+
+
+@pytest.mark.gpu
 def test_on_cuda_the_driver_is_not_told_to_wait(
-    on_cuda: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+    runs: Runs, on_cuda: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the profiler's account of the driver's calls: between two logged steps none waits for the device."""
     trainer = on_cuda("run")
@@ -312,7 +343,7 @@ def test_on_cuda_the_driver_is_not_told_to_wait(
         profiler.stop()
 
     around_steps(4, 10, monkeypatch, profiler.start, end)
-    Runs.fit(None, trainer)  # type: ignore[arg-type]
+    runs.fit(trainer)
     events = profiler.events()
     assert events is not None
     (last,) = [event.time_range.start for event in events if event.name == "the end"]
