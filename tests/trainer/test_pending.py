@@ -5,19 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import Command
+from tests.parallel.pool import RankPool
 from tests.support.command import FAULT, TINY, json_lines, results
 from titan.data.loader import Batch
 from titan.errors import NonFiniteError, Stopped
 from titan.run_directory import RunDirectory
 from titan.trainer import loop, step
 from titan.trainer.build import Trainer
+from titan.trainer.pending import Exchange, News
+from titan.trainer.saving import Wishes
 from titan.trainer.step import PendingResult, StepResult
 
 from .conftest import Runs
@@ -215,6 +220,23 @@ def test_a_step_takes_no_value_out_of_a_tensor(runs: Runs, monkeypatch: pytest.M
     assert fetches.found == []
     assert [one.result.read().loss for one in taken]
     assert fetches.found == ["tolist"] * 6  # and a fetch is seen
+
+
+def talk(defers: bool) -> list[News]:
+    """Be one of some ranks that exchange twice; returns what it has heard, before, between and after."""
+    config = SimpleNamespace(cluster=SimpleNamespace(timeout_seconds=60))
+    exchange, rank = Exchange(SimpleNamespace(defers=defers, config=config)), dist.get_rank()  # type: ignore[arg-type]
+    heard = [exchange.hear()]
+    for number in (7, 8):
+        exchange.tell(15 * (rank == 1), Wishes(int(rank == 0), 0), number - rank)
+        heard.append(exchange.hear())
+    return [*heard, exchange.hear()]
+
+
+def test_what_one_rank_tells_all_hear(pools: Callable[[int], RankPool]) -> None:
+    """A signal of one, a wish of another, and the step up to which the last of them has come; each exchange once."""
+    heard = [News(), News(15, Wishes(1, 0), 6), News(15, Wishes(1, 0), 7), News()]
+    assert pools(2).run(talk, True) == [heard, heard]
 
 
 @pytest.mark.parametrize("on_spike", ["skip", pytest.param("rollback", marks=pytest.mark.slow)])

@@ -1,7 +1,7 @@
 """When a run saves, and what it does when that fails: it goes on, and tries again.
 
 The ranks decide together, because saving takes them all. What only one of them knows (rank 0's clock, whether a
-background save has ended everywhere) goes into the exchange that every step makes anyway, see `trainer.loop`.
+background save has ended everywhere) goes into the exchange that every step makes anyway, see `trainer.pending`.
 """
 
 from __future__ import annotations
