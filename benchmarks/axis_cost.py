@@ -197,7 +197,7 @@ def _rank(case: Case, tokens: Path, steps: int, rank: int, ranks: int, store: st
         rows = next(batches)
         dist.barrier()
         began = time.perf_counter()
-        run_step(trainer, rows)
+        run_step(trainer, rows).result.read()
         return time.perf_counter() - began
 
     for _ in range(WARM_UP):

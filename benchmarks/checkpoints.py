@@ -145,7 +145,7 @@ def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
         dist.barrier()
         saver.after_step(saver.wishes())
         while mode != "sync":
-            run_step(trainer, next(batches), saver.wait_for_copies)
+            run_step(trainer, next(batches), saver.wait_for_copies).result.read()
             if not _any_rank(saver.wishes().is_saving):
                 break
         saver.settle()
@@ -179,7 +179,7 @@ def _rank(rank: int, folder: Path, layers: int, repeats: int) -> dict[str, Any]:
     others = ("load, plain", "load, verified", "step", "checksum share")
     found: dict[str, Any] = {side: [] for side in (*SIDES, *others)}
     for _ in range(2):
-        found["step"].append(together(lambda: run_step(trainer, next(batches))))
+        found["step"].append(together(lambda: run_step(trainer, next(batches)).result.read()))
     found["gib"] = sum(t.numel() * t.element_size() for t in state().values()) / 2**30
     for turn in range(repeats):
         for side in (*SIDES[turn % len(SIDES) :], *SIDES[: turn % len(SIDES)]):

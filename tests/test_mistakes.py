@@ -278,6 +278,18 @@ MISTAKES = {
         "8 pipeline microbatches, but",
         "Try  training.local_batch_size=1",
     ),
+    "CUDA graphs on a CPU": (
+        "compile=inductor compile.mode=reduce_overhead",
+        "compile.mode = reduce_overhead takes CUDA graphs, but cluster.device = cpu",
+        "Try  compile.mode=default",
+    ),
+    "CUDA graphs in a pipeline, and of weights that come and go": (
+        "cluster=simulated cluster.device=cuda cluster.devices_per_node=2 compile=inductor compile.mode=max_autotune "
+        "parallelism.pp=2 parallelism.cpu_offload=true",
+        "compile.mode = max_autotune takes CUDA graphs, but parallelism.pp = 2",
+        "compile.mode = max_autotune takes CUDA graphs, but parallelism.cpu_offload = true",
+        "Try  compile.mode=default   or  compile.mode=max_autotune_no_cudagraphs",
+    ),
     "a budget without a compiler": (
         "activation_checkpoint=memory_budget",
         "It is the compiler that chooses what to keep.",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.support.command import TINY
@@ -25,7 +26,8 @@ from titan.trainer.watchdog import Watchdog
 @pytest.fixture(scope="package", autouse=True)
 def process_group() -> Iterator[None]:
     """A world of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -40,7 +42,9 @@ class Runs:
         """Return a checked config of a run of six steps, in the folder of that name."""
         common = ("training.steps=6", "metrics.log_every=1", "checkpoint.interval=2", "cluster.device=cpu")
         where = (f"run.dir={self.folder / name}", f"data.path={self.text}", f"data.cache_dir={self.cache}")
-        return check_config(compose([*TINY, *common, *where, *overrides]), Machine())
+        return check_config(
+            compose([*TINY, *common, *where, *overrides]), Machine(gpus=min(1, torch.cuda.device_count()))
+        )
 
     def build(self, config: TitanConfig) -> Trainer:
         """Return a trainer that has resumed where there is something to resume."""

@@ -512,6 +512,31 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
+def check_cuda_graphs(config: TitanConfig) -> Iterator[Problem]:
+    """A CUDA graph replays the same work on the same memory, one micro-batch after the other."""
+    settings, is_on_cuda = config.compile, config.cluster.device is Device.cuda
+    if not settings.enable or not settings.mode.has_cuda_graphs:
+        return
+    what = f"compile.mode = {settings.mode.name} takes CUDA graphs"
+    if not is_on_cuda and settings.mode is CompileMode.reduce_overhead:
+        yield Problem(f"{what}, but cluster.device = {config.cluster.device.name}", suggestion="compile.mode=default")
+    if not is_on_cuda:
+        return
+    without = "compile.mode=default   or  compile.mode=max_autotune_no_cudagraphs"
+    if config.parallelism.pp > 1:
+        yield Problem(
+            f"{what}, but parallelism.pp = {config.parallelism.pp}",
+            "A pipeline has several micro-batches in hand at once, and a graph keeps the activations of one.",
+            without,
+        )
+    if config.parallelism.cpu_offload:
+        yield Problem(
+            f"{what}, but parallelism.cpu_offload = true",
+            "Weights that come from the CPU's memory lie in another place every time.",
+            without,
+        )
+
+
 def check_activation_checkpoint(config: TitanConfig) -> Iterator[Problem]:
     """every_nth leaves some block to act on."""
     settings = config.activation_checkpoint
@@ -821,6 +846,7 @@ RULES: tuple[Rule, ...] = (
     check_float8,
     check_compiler,
     check_attention,
+    check_cuda_graphs,
     check_activation_checkpoint,
     check_memory_budget,
     check_async_tensor_parallel,

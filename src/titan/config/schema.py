@@ -30,12 +30,17 @@ class Dtype(Enum):
 
 
 class CompileMode(Enum):
-    """What torch.compile spends its time on; the values are PyTorch's names. reduce_overhead takes CUDA graphs."""
+    """What torch.compile spends its time on; the values are PyTorch's names."""
 
     default = "default"
     reduce_overhead = "reduce-overhead"
     max_autotune = "max-autotune"
     max_autotune_no_cudagraphs = "max-autotune-no-cudagraphs"
+
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether PyTorch records CUDA graphs in this mode, on CUDA."""
+        return self in (CompileMode.reduce_overhead, CompileMode.max_autotune)
 
 
 class ClusterKind(Enum):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-_NUMBERS = 6
+_NUMBERS = 7
 """What an update needs beside its tensors."""
 
 
@@ -65,7 +65,8 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Move every parameter that has a gradient; none where `found_inf` is 1, see `titan.optim.guard`."""
+        found_inf = getattr(self, "found_inf", None)
         assert closure is None, "the loss is computed before"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -73,13 +74,14 @@ class AdamW(torch.optim.AdamW):
             if not members:
                 continue
             if self._update is not None:
-                self._step_compiled(group, parameters, members)
+                self._step_compiled(group, parameters, members, found_inf)
             elif self.state_dtype is None or takes_bfloat16_moments(members[0].parameter.device.type):
-                _step_fused(group, members)
+                _step_fused(group, members, found_inf)
             else:
                 for member in members:
                     first, second = member.first.float(), member.second.float()
-                    _step_fused(group, [_Member(member.parameter, member.gradient, first, second, member.step)])
+                    widened = _Member(member.parameter, member.gradient, first, second, member.step)
+                    _step_fused(group, [widened], found_inf)
                     member.first.copy_(first)
                     member.second.copy_(second)
 
@@ -98,11 +100,16 @@ class AdamW(torch.optim.AdamW):
             state["step"],
         )
 
-    def _step_compiled(self, group: dict[str, Any], parameters: list[nn.Parameter], members: list[_Member]) -> None:
+    def _step_compiled(
+        self, group: dict[str, Any], parameters: list[nn.Parameter], members: list[_Member], found_inf: Tensor | None
+    ) -> None:
         assert self._update is not None
-        torch._foreach_add_([member.step for member in members], 1)
+        steps = [member.step for member in members]
+        torch._foreach_add_(steps, 1)
         numbers = [self._numbers_of(parameter) for parameter in parameters]
-        torch._foreach_copy_(numbers, list(_numbers(group, [member.step for member in members])))
+        torch._foreach_copy_(numbers, list(_numbers(group, steps, found_inf)))
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
         for member, its in zip(members, numbers, strict=True):
             if member.parameter.numel():  # a rank may have nothing of a small parameter
                 tensors = member.parameter, member.gradient, member.first, member.second
@@ -121,14 +128,16 @@ def update(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, n
     """Move one parameter and its moments, in place; computed in float32, rounded once.
 
     Shape:
-        numbers: (6,), see `_numbers`; the others: (N,).
+        numbers: (7,), see `_numbers`; the others: (N,).
     """
-    step_size, root, kept, gain, square_gain, eps = numbers.unbind()
+    step_size, root, kept, gain, square_gain, eps, is_left_out = numbers.unbind()
     mean = torch.lerp(first.float(), gradient, gain)
     square = torch.lerp(second.float(), gradient * gradient, square_gain)
-    parameter.copy_(parameter * kept - step_size * mean / (square.sqrt() / root + eps))
-    first.copy_(mean)
-    second.copy_(square)
+    moved = parameter * kept - step_size * mean / (square.sqrt() / root + eps)
+    # chosen, not multiplied by nought: what is left out need not be a number
+    parameter.copy_(torch.where(is_left_out > 0, parameter, moved))
+    first.copy_(torch.where(is_left_out > 0, first.float(), mean))
+    second.copy_(torch.where(is_left_out > 0, second.float(), square))
 
 
 @functools.cache
@@ -153,7 +162,7 @@ def takes_bfloat16_moments(device_type: str) -> bool:
     return (one.parameter.item(), one.first.item(), one.second.item()) == (0.5, 0.5, 0.5)
 
 
-def _step_fused(group: dict[str, Any], members: list[_Member]) -> None:
+def _step_fused(group: dict[str, Any], members: list[_Member], found_inf: Tensor | None = None) -> None:
     beta1, beta2 = group["betas"]
     adamw(
         [member.parameter for member in members],
@@ -163,6 +172,7 @@ def _step_fused(group: dict[str, Any], members: list[_Member]) -> None:
         [],
         [member.step for member in members],
         fused=True,
+        found_inf=found_inf,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -173,20 +183,22 @@ def _step_fused(group: dict[str, Any], members: list[_Member]) -> None:
     )
 
 
-def _numbers(group: dict[str, Any], steps: list[Tensor]) -> Tensor:
+def _numbers(group: dict[str, Any], steps: list[Tensor], found_inf: Tensor | None) -> Tensor:
     """Return what `update` needs for each parameter: they may have taken different numbers of steps.
 
     Computed where the steps are, so that nobody waits for a GPU, and in float64: 1 - beta^step loses digits.
 
     Shape:
-        (len(steps), 6) float32: step size, root of the second correction, share of the weight that decay leaves,
-        1 - beta1, 1 - beta2, eps.
+        (len(steps), 7) float32: step size, root of the second correction, share of the weight that decay leaves,
+        1 - beta1, 1 - beta2, eps, whether the step is left out.
     """
     (beta1, beta2), rate = group["betas"], group["lr"]
     count = torch.stack(steps).double()
     constants = [1 - rate * group["weight_decay"], 1 - beta1, 1 - beta2, group["eps"]]
     columns = [rate / (1 - beta1**count), (1 - beta2**count).sqrt()]
-    return torch.stack([*columns, *(torch.full_like(count, constant) for constant in constants)], dim=1).float()
+    columns += [torch.full_like(count, constant) for constant in constants]
+    columns.append(torch.zeros_like(count) if found_inf is None else found_inf.double().expand_as(count))
+    return torch.stack(columns, dim=1).float()
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -53,6 +53,15 @@ def count_graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+def mark_cuda_graphs() -> None:
+    """Tell CUDA graphs that what the micro-batch before has computed is not needed any more.
+
+    By itself PyTorch takes every block for a new beginning where no backward pass follows, as in a validation, and what
+    one block hands to the next would be overwritten.
+    """
+    torch.compiler.cudagraph_mark_step_begin()
+
+
 def _enable_symmetric_memory(group: dist.ProcessGroup) -> None:
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 

@@ -26,6 +26,7 @@ from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily, load_family
 from titan.models.flops import peak_tflops
 from titan.optim.build import build_optimizer
+from titan.optim.guard import is_skipped_on_device
 from titan.parallel.context import positions_of_rank
 from titan.parallel.mesh import Mesh, build_mesh
 from titan.run_directory import RunDirectory
@@ -66,6 +67,8 @@ class Trainer:
     """What the run's checkpoints carry."""
     held_out: HeldOutRows | None = None
     """What is validated on, if anything is."""
+    defers: bool = False
+    """Whether what a step gave is looked at when it is there, and waited for only where it is needed at once."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -120,6 +123,8 @@ def build_trainer(
         _positions(config, mesh),
         store,
     )
+    # A CPU's numbers are there at once, and with offloaded weights the CPU does the update.
+    trainer.defers = device.type == "cuda" and not config.parallelism.cpu_offload and is_skipped_on_device(optimizer)
     if held_out is not None:
         trainer.held_out = HeldOutRows(held_out, config.validation.rows)
     for line in describe_trainer(trainer, model.applied):

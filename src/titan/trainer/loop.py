@@ -1,4 +1,7 @@
-"""fit: for every step, batch → forward and backward → clip → optimizer → metrics → checkpoint → validation."""
+"""fit: for every step, batch → forward and backward → clip → optimizer → metrics → checkpoint → validation.
+
+The host is ahead of a GPU: `titan.trainer.pending` says what it knows when.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Collection, Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import record_function
 
-from titan.config.schema import CheckpointContent
+from titan.config.schema import CheckpointContent, TitanConfig
 from titan.data.digest import format_digest, to_signed
 from titan.data.loader import Step
 from titan.errors import NonFiniteError, Stopped
@@ -27,6 +32,7 @@ from titan.trainer.breakdown import DATA
 from titan.trainer.build import Trainer
 from titan.trainer.compilations import Compilations
 from titan.trainer.device import GarbageCollector, device_name
+from titan.trainer.pending import Exchange, PendingSteps, TakenStep, agree
 from titan.trainer.profile import Profile
 from titan.trainer.saving import Saver, Wishes
 from titan.trainer.spikes import Ledger
@@ -76,42 +82,60 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         reset_peak_memory(trainer.device)
         if config.checkpoint.save_initial and trainer.state.step == 0:
             save_surely(trainer, saver, watchdog, warning)
+        pending, exchange = PendingSteps(), Exchange(trainer)
         while (state := trainer.state).step < steps:
             validator.run_if_due()
-            if state.step + 1 in ledger.steps:
-                reader.pass_over(state.step + 1)
+            step, has_gone_back = state.step + 1, False
+            if step in ledger.steps:
+                reader.pass_over(step)
                 state.step += 1
             else:
-                watchdog.step(state.step + 1)
+                watchdog.step(step)
                 compilations.begin()
+                pending.add(run_step(trainer, reader.read(step), saver.wait_for_copies, ledger.spikes_left))
+                compilations.end(step)
+            news = exchange.hear()
+            is_known_at_once = not trainer.defers or is_logged(config, step) or saver.is_due(step)
+            is_known_at_once |= validator.is_due(step) or bool(news.told or news.wishes.is_due)
+            for taken in pending.take(step if is_known_at_once else news.here):
                 try:
-                    result, learning_rate = run_step(trainer, reader.read(state.step + 1), saver.wait_for_copies)
+                    result = taken.result.read()
                 except NonFiniteError as spike:
                     with watchdog.extended():
-                        has_gone_back = ledger.answer(spike, saver)
+                        has_gone_back = ledger.answer(spike, taken.before, saver)
                     if has_gone_back:
-                        reader.close()
-                        reader = StepReader(trainer, meter, ledger.steps)
-                        for sink in (*sinks, *([rows_log] if rows_log is not None else [])):
-                            sink.rewind(trainer.state.step)
-                        validator.rewind(trainer.state.step)
+                        break
                     continue
-                compilations.end(state.step)
+                if taken.number < step:
+                    watchdog.step(step)  # the device has come on by a step
                 meter.steps += 1
                 if rows_log is not None:
-                    rows_log.write(describe_rows(trainer, result))
-                if state.step == 1 or state.step % config.metrics.log_every == 0 or state.step == steps:
-                    write_metrics(trainer, meter, result, learning_rate, sinks)
+                    rows_log.write(describe_rows(trainer, taken.number, result))
+                if is_logged(config, taken.number):
+                    write_metrics(trainer, meter, result, taken.learning_rate, sinks)
+            if has_gone_back:
+                pending.forget()
+                reader.close()
+                reader = StepReader(trainer, meter, ledger.steps)
+                for sink in (*sinks, *([rows_log] if rows_log is not None else [])):
+                    sink.rewind(trainer.state.step)
+                validator.rewind(trainer.state.step)
+                continue
             for sink in sinks:
                 sink.step()
             with watchdog.extended():
-                profile.step(state.step)
-            told, wishes = agree(trainer, warning() if state.step < steps else 0, saver.wishes())
+                profile.step(step)
+            told, wishes = news.told if step < steps else 0, news.wishes
+            if is_known_at_once:
+                now, wishes = agree(trainer, warning() if step < steps else 0, saver.wishes())
+                told, wishes = max(told, now), replace(wishes, is_due=max(wishes.is_due, news.wishes.is_due))
             with watchdog.extended():
                 if told:
-                    raise Stopped(signal.Signals(told).name, state.step, saver.save_now())
+                    raise Stopped(signal.Signals(told).name, step, saver.save_now())
                 saver.after_step(wishes)
-            collector.step(state.step)
+            if trainer.defers and step < steps:
+                exchange.tell(warning(), saver.wishes(), pending.before_first_away(step))
+            collector.step(step)
         if config.checkpoint.last_content is CheckpointContent.weights:  # from which no validation could go on
             validator.run_if_due()
         save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)
@@ -176,9 +200,13 @@ def open_rows_log(trainer: Trainer) -> JsonLines | None:
     return JsonLines(trainer.directory.rows, trainer.state.step) if dist.get_rank() == 0 else None
 
 
-def describe_rows(trainer: Trainer, result: StepResult) -> dict[str, Any]:
-    """Return the line of data.jsonl for the step that was just taken."""
-    step = trainer.state.step
+def is_logged(config: TitanConfig, step: int) -> bool:
+    """Return whether a step has a row of metrics."""
+    return step == 1 or step % config.metrics.log_every == 0 or step == config.training.steps
+
+
+def describe_rows(trainer: Trainer, step: int, result: StepResult) -> dict[str, Any]:
+    """Return a step's line for data.jsonl."""
     digest, padding = result.account
     row = {"step": step, "digest": format_digest(digest), "tokens": result.valid_tokens, "padding": padding}
     by_component = trainer.data.rows_by_component(step - 1)
@@ -186,19 +214,21 @@ def describe_rows(trainer: Trainer, result: StepResult) -> dict[str, Any]:
 
 
 def run_step(
-    trainer: Trainer, rows: Step, before_update: Callable[[], None] = lambda: None
-) -> tuple[StepResult, float]:
-    """Take the next step with its learning rate, and count it; returns what it gave and that rate.
+    trainer: Trainer,
+    rows: Step,
+    before_update: Callable[[], None] = lambda: None,
+    spikes_left: Tensor | None = None,
+) -> TakenStep:
+    """Hand out the next step with its learning rate, and count it; waits for no device.
 
     Args:
         trainer: Whose next step it is.
         rows: The step's, on this rank.
         before_update: Called before any weight or optimizer state changes.
-
-    Raises:
-        NonFiniteError: See `train_step`; the step is not counted.
+        spikes_left: See `train_step`.
     """
     config, state = trainer.config, trainer.state
+    before = replace(state)
     learning_rate = config.optimizer.lr * lr_factor(state.step, config.training.steps, config.lr_scheduler)
     set_learning_rate(trainer.optimizer, learning_rate)
     # ranks that share sequences have the same rows, which count once
@@ -215,10 +245,11 @@ def run_step(
         config.fault_tolerance.spike_grad_norm,
         before_update,
         (to_signed(rows.digest), rows.padding) if is_counted else (0, 0),
+        spikes_left,
     )
     state.step += 1
     state.tokens += trainer.tokens_per_step
-    return result, learning_rate
+    return TakenStep(before, learning_rate, result)
 
 
 def build_meter(trainer: Trainer) -> Meter:
@@ -293,17 +324,3 @@ def write_metrics(
     row = meter.row(trainer.state.step, result.loss, result.grad_norm, learning_rate, memory.item())
     for sink in sinks:
         sink.write(row)
-
-
-def agree(trainer: Trainer, told: int, wishes: Wishes) -> tuple[int, Wishes]:
-    """Return the largest of all ranks' values: the signal that told one to stop, or 0, and what concerns saving.
-
-    The one exchange that the ranks make after a step, for one of them may have been told before, or instead of, the
-    others.
-    """
-    if dist.get_world_size() == 1:
-        return told, wishes
-    values = torch.tensor([told, wishes.is_due, wishes.is_saving], device=trainer.device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    told, is_due, is_saving = values.tolist()
-    return told, Wishes(is_due, is_saving)

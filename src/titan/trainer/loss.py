@@ -28,7 +28,8 @@ def count_valid_tokens(labels: list[Tensor], group: dist.ProcessGroup, account: 
         (1 + len(account),) int64.
     """
     count = torch.stack([(part != IGNORED_LABEL).sum() for part in labels]).sum(0, keepdim=True)
-    more = torch.tensor(account, dtype=torch.int64).to(count.device, non_blocking=True)
+    # pinned: the driver may wait for the device before it copies from any other memory
+    more = torch.tensor(account, dtype=torch.int64, pin_memory=count.is_cuda).to(count.device, non_blocking=True)
     counts = torch.cat((count, more))
     dist.all_reduce(counts, group=group)
     return counts

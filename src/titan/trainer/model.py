@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from titan.data.loader import Batch
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily
 from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_parameters
+from titan.parallel.compile import mark_cuda_graphs
 from titan.parallel.fsdp import begin_micro_batch
 from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import (
@@ -73,8 +73,13 @@ def build_model(
         whole = family.build(config.model, config.training.seq_len)
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
-        begin = partial(begin_micro_batch, whole, config.parallelism.reshard_after_forward)
-        seams = build_forward_backward(whole, lambda is_last: begin(is_last=is_last)), build_evaluate(whole)
+        mark = mark_cuda_graphs if config.compile.enable and config.compile.mode.has_cuda_graphs else lambda: None
+
+        def begin(is_last: bool) -> None:
+            mark()
+            begin_micro_batch(whole, config.parallelism.reshard_after_forward, is_last)
+
+        seams = build_forward_backward(whole, begin), build_evaluate(whole, mark)
         return BuiltModel([whole], *seams, applied)
 
     settings, stage_group = config.parallelism, mesh.stage_group

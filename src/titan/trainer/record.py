@@ -101,7 +101,7 @@ def record_run(
     validation_losses: list[float] = []
     steps = config.training.steps if steps is None else steps
     for step in range(steps):
-        result, _ = run_step(trainer, next(batches))
+        result = run_step(trainer, next(batches)).result.read()
         losses.append(result.loss)
         norms.append(result.grad_norm)
         if step == 0:

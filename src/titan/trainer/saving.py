@@ -1,7 +1,7 @@
 """When a run saves, and what it does when that fails: it goes on, and tries again.
 
 The ranks decide together, because saving takes them all. What only one of them knows (rank 0's clock, whether a
-background save has ended everywhere) goes into the exchange that every step makes anyway, see `trainer.loop`.
+background save has ended everywhere) goes into the exchange that every step makes anyway, see `trainer.pending`.
 """
 
 from __future__ import annotations
@@ -67,6 +67,11 @@ class Saver:
         by_retry = self._retry_at is not None and now >= self._retry_at
         return Wishes(int(self.store.is_first and (by_clock or by_retry)), int(self.store.is_saving))
 
+    def is_due(self, step: int) -> bool:
+        """Return whether a step is saved in its turn."""
+        # a retry has a time of its own
+        return self.store is not None and step % self.settings.interval == 0 and self._retry_at is None
+
     def after_step(self, wishes: Wishes) -> None:
         """Save if it is time, and see to a save that has ended.
 
@@ -81,8 +86,7 @@ class Saver:
         if not wishes.is_saving:
             self.settle()
         step = self.trainer.state.step
-        is_in_turn = step % self.settings.interval == 0 and self._retry_at is None  # a retry has a time of its own
-        if step < self.trainer.config.training.steps and (wishes.is_due or is_in_turn):
+        if step < self.trainer.config.training.steps and (wishes.is_due or self.is_due(step)):
             self._save(self.store)  # the last step has a save of its own
 
     def save_now(self) -> int | None:

@@ -1,4 +1,8 @@
-"""One optimizer step: forward and backward of all micro-batches, clip, guard, move the weights."""
+"""One optimizer step: forward and backward of all micro-batches, clip, guard, move the weights.
+
+The host only hands out work. Whether a step is bad is found out on the device, which then leaves its update out by
+itself, and what the step gave travels to the host on its own: a `PendingResult`, which may be read when it is there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch.profiler import record_function
 from titan.data.loader import Batch
 from titan.errors import NonFiniteError
 from titan.optim.clip import clip_gradients, global_grad_norm
+from titan.optim.guard import step_unless
 from titan.trainer.breakdown import OPTIMIZER
 from titan.trainer.loss import count_valid_tokens
 
@@ -43,18 +48,61 @@ class StepResult:
     """What else was added up over the ranks, modulo 2^64."""
 
 
-def build_forward_backward(model: nn.Module, begin_micro_batch: Callable[[bool], None]) -> ForwardBackward:
+class PendingResult:
+    """What a step gave, on its way from the device.
+
+    Args:
+        values: Loss, norm and whether the step is bad, as the bits of float64; then the sums over the ranks.
+        spike_grad_norm: See `train_step`.
+
+    Shape:
+        values: (4 + N,) int64.
+    """
+
+    def __init__(self, values: Tensor, spike_grad_norm: float | None) -> None:
+        self._values, self._spike_grad_norm = values, spike_grad_norm
+        self._is_copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            # all in one copy, to pinned memory: from any other the device could not be left alone with it
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._is_copied = torch.cuda.Event()
+            self._is_copied.record()
+
+    def is_here(self) -> bool:
+        """Return whether it can be read without waiting for the device; on this rank."""
+        return self._is_copied is None or self._is_copied.query()
+
+    def read(self) -> StepResult:
+        """Return what the step gave; waits for it.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient norm is not finite, or the norm above its limit; on every rank,
+                if on one of them.
+        """
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        loss, norm, is_bad = self._values[:3].view(torch.float64).tolist()
+        valid_tokens, *sums = self._values[3:].tolist()
+        result = StepResult(loss, norm, valid_tokens, tuple(sums))
+        if is_bad:
+            wrong = describe_spike(result, self._spike_grad_norm)
+            raise NonFiniteError(f"{wrong}; no weight was moved", result.loss, result.grad_norm)
+        return result
+
+
+def build_forward_backward(model: nn.Module, begin: Callable[[bool], None]) -> ForwardBackward:
     """Return the seam for a model that runs whole: one micro-batch after the other.
 
     Args:
-        model: On its mesh.
-        begin_micro_batch: Is told before each whether it is the last: `titan.parallel.fsdp.begin_micro_batch`.
+        model: Tokens, starts and labels in, the sum of the losses out.
+        begin: Is told before every micro-batch whether it is the last.
     """
 
     def run(batches: Sequence[Batch], valid_tokens: Tensor) -> Tensor:
         total = torch.zeros((), device=valid_tokens.device)
         for index, batch in enumerate(batches):
-            begin_micro_batch(index == len(batches) - 1)
+            begin(index == len(batches) - 1)
             loss = model(batch.tokens, batch.starts, batch.labels) / valid_tokens
             loss.backward()
             total += loss.detach()
@@ -63,13 +111,14 @@ def build_forward_backward(model: nn.Module, begin_micro_batch: Callable[[bool],
     return run
 
 
-def build_evaluate(model: nn.Module) -> Evaluate:
-    """Return the seam without a backward pass, for a model that runs whole."""
+def build_evaluate(model: nn.Module, begin: Callable[[], None] = lambda: None) -> Evaluate:
+    """Return the seam without a backward pass, for a model that runs whole; see `build_forward_backward`."""
 
     @torch.no_grad()
     def run(batches: Sequence[Batch]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
         for batch in batches:
+            begin()
             total += model(batch.tokens, batch.starts, batch.labels)
         return total
 
@@ -88,8 +137,12 @@ def train_step(
     spike_grad_norm: float | None = None,
     before_update: Callable[[], None] = lambda: None,
     account: Sequence[int] = (),
-) -> StepResult:
-    """Do one step on this rank's micro-batches.
+    spikes_left: Tensor | None = None,
+) -> PendingResult:
+    """Do one step on this rank's micro-batches, without waiting for the device.
+
+    A step whose loss or gradient norm is not finite, or whose norm is above its limit, is bad, on every rank if on one
+    of them: no weight and no state of the optimizer changes.
 
     Args:
         batches: This rank's micro-batches.
@@ -103,10 +156,11 @@ def train_step(
         spike_grad_norm: A norm above this is as bad as one that is not finite; None knows no limit.
         before_update: Called before any weight or optimizer state changes.
         account: Integers of this rank to add up over the ranks that see other tokens.
+        spikes_left: How many bad steps there may be; a bad step takes one away. Below zero no step changes anything any
+            more, for the host, which will know later, is going to take them all back. None knows no end.
 
-    Raises:
-        NonFiniteError: If the loss or the gradient norm is not finite, or the norm above its limit, before any weight
-            has moved; on every rank, if on one of them.
+    Shape:
+        spikes_left: ().
     """
     optimizer.zero_grad()
     counts = count_valid_tokens([batch.labels for batch in batches], loss_group, account)
@@ -120,21 +174,17 @@ def train_step(
     # Both are global, but each tensor-parallel rank and each replica has computed them by itself.
     is_bad = is_bad.to(loss.dtype)
     dist.all_reduce(is_bad, op=dist.ReduceOp.MAX)
-    values = torch.stack((loss, norm.to(loss.dtype), is_bad)).double()
-    # all in one fetch, for each waits for the device
-    fetched = torch.cat((values.view(torch.int64), counts)).cpu()
-    loss_value, norm_value, is_bad_anywhere = fetched[:3].view(torch.float64).tolist()
-    valid_tokens, *sums = fetched[3:].tolist()
-    result = StepResult(loss_value, norm_value, valid_tokens, tuple(sums))
-    if is_bad_anywhere:
-        wrong = describe_spike(result, spike_grad_norm)
-        raise NonFiniteError(f"{wrong}; no weight was moved", result.loss, result.grad_norm)
+    is_left_out = is_bad
+    if spikes_left is not None:
+        spikes_left.sub_(is_bad)
+        is_left_out = is_bad.maximum((spikes_left < 0).to(is_bad.dtype))
     with record_function(OPTIMIZER):
         clip_gradients(parameters, norm, max_grad_norm)
     before_update()
     with record_function(OPTIMIZER):
-        optimizer.step()
-    return result
+        step_unless(optimizer, is_left_out)
+    values = torch.stack((loss, norm.to(loss.dtype), is_bad)).double()
+    return PendingResult(torch.cat((values.view(torch.int64), counts)), spike_grad_norm)
 
 
 def describe_spike(result: StepResult, spike_grad_norm: float | None) -> str:

@@ -75,6 +75,13 @@ class Validator:
         """Go back with the run to a step that it had gone on from, so its own validation is done."""
         self._done = min(self._done, step)
 
+    def is_due(self, step: int) -> bool:
+        """Return whether the weights of a step are validated."""
+        config = self.trainer.config
+        if self.trainer.held_out is None or step == 0:
+            return False
+        return step % config.validation.interval == 0 or step == config.training.steps
+
     def run_if_due(self) -> None:
         """Validate the step in hand, if its turn has come and it is not done.
 
@@ -82,7 +89,7 @@ class Validator:
             DataError: If no token of the rows counts.
         """
         trainer, step = self.trainer, self.trainer.state.step
-        if trainer.held_out is None or step <= self._done or not self._is_due(step):
+        if trainer.held_out is None or step <= self._done or not self.is_due(step):
             return
         began = time.perf_counter()
         with self.watchdog.extended():
@@ -97,10 +104,6 @@ class Validator:
         text_bytes = trainer.held_out.text_bytes(found.tokens, is_learned_whole)
         for sink in self.sinks:
             sink.write(validation_row(step, found.loss, found.tokens, text_bytes, seconds))
-
-    def _is_due(self, step: int) -> bool:
-        config = self.trainer.config
-        return step > 0 and (step % config.validation.interval == 0 or step == config.training.steps)
 
     def _is_recorded(self, step: int) -> bool:
         """Whether metrics.jsonl has this step's validation, by rank 0's word."""

@@ -4,6 +4,7 @@
     nan:1:step:7                            its loss is no number in step 7 of the run
     term_launcher:0:save:2                  what has started rank 0 gets SIGTERM as its 2nd save begins
     kill:0:byte:1234;slow:1:write:0.05      at the 1234th byte that it writes to checkpoints; and rank 1's disk is slow
+    late:0:built:3;late:1:built:1           what a step gave is looked at late, as on a GPU: see `_late`
 
 Python imports a module of this name before it runs anything, so the code under test stays as it is: a fault is
 planted when, and only where, the module that has its place is imported.
@@ -29,6 +30,7 @@ _BEFORE = {
     "sync": ("titan.checkpoint.manifest", "sync_folder"),
     "removing": ("titan.checkpoint.manifest", "shutil.rmtree"),
     "load": ("titan.checkpoint.store", "CheckpointStore.load"),
+    "built": ("titan.trainer.build", "build_trainer"),
     "ledger": ("titan.run_directory", "RunDirectory.append_ledger"),
     "row": ("titan.data.rows", "PreparedRows.read"),
     "validation": ("titan.trainer.validation", "validate"),
@@ -95,6 +97,8 @@ def _wrap(function, fault):
         return function
     if fault.place == "byte":
         return _at_byte(function, fault)
+    if fault.action == "late":
+        return _late(function, int(fault.number))
     count = 0
 
     def faulty(*given, **named):
@@ -129,6 +133,24 @@ def _at_byte(write, fault):
         _strike(fault.action)
         write(stream, rest[int(fault.number) - before :])
         return whole
+
+    return faulty
+
+
+def _late(build_trainer, questions):
+    """Have steps looked at late, for all ranks or none: each is here when this rank was asked for it so often."""
+
+    def faulty(*given, **named):
+        from titan.trainer.step import PendingResult
+
+        def is_here(result):
+            result.questions = getattr(result, "questions", 0) + 1
+            return result.questions >= questions
+
+        PendingResult.is_here = is_here
+        trainer = build_trainer(*given, **named)
+        trainer.defers = True
+        return trainer
 
     return faulty
 
