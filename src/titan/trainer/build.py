@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,6 +67,8 @@ class Trainer:
     """What the run's checkpoints carry."""
     held_out: HeldOutRows | None = None
     """What is validated on, if anything is."""
+    weights_changed: Callable[[], None] = lambda: None
+    """To be called whenever the weights have changed."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -119,6 +122,7 @@ def build_trainer(
         build_feed(config, data, mesh.data_rank, mesh.data_ranks),
         _positions(config, mesh),
         store,
+        weights_changed=model.weights_changed,
     )
     if held_out is not None:
         trainer.held_out = HeldOutRows(held_out, config.validation.rows)

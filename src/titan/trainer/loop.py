@@ -209,6 +209,7 @@ def run_step(
         config.fault_tolerance.spike_grad_norm,
         before_update,
         (to_signed(rows.digest), rows.padding) if is_counted else (0, 0),
+        trainer.weights_changed,
     )
     state.step += 1
     state.tokens += trainer.tokens_per_step

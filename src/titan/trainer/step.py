@@ -84,6 +84,7 @@ def train_step(
     spike_grad_norm: float | None = None,
     before_update: Callable[[], None] = lambda: None,
     account: Sequence[int] = (),
+    after_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Do one step on this rank's micro-batches.
 
@@ -99,6 +100,7 @@ def train_step(
         spike_grad_norm: A norm above this is as bad as one that is not finite; None knows no limit.
         before_update: Called before any weight or optimizer state changes.
         account: Integers of this rank to add up over the ranks that see other tokens.
+        after_update: Called once the weights have moved.
 
     Raises:
         NonFiniteError: If the loss or the gradient norm is not finite, or the norm above its limit, before any weight
@@ -128,6 +130,7 @@ def train_step(
     clip_gradients(parameters, norm, max_grad_norm)
     before_update()
     optimizer.step()
+    after_update()
     return result
 
 

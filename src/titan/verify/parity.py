@@ -207,6 +207,7 @@ def build_reference(layout: TitanConfig, directory: Path) -> TitanConfig:
         parallelism=ParallelismConfig(dp_shard=1),
         compile=CompileConfig(),
         activation_checkpoint=ActivationCheckpointConfig(),
+        float8=replace(layout.float8, fsdp_all_gather=False, precompute_scales=False),
     )
 
 
