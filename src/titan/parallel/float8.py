@@ -244,7 +244,8 @@ def group_names(reasons: dict[str, str]) -> list[str]:
 def _ranges(indices: Iterable[int]) -> list[str]:
     """Return ascending numbers as text: 0-3, 5."""
     runs = [
-        [index for _, index in run] for _, run in itertools.groupby(enumerate(sorted(indices)), lambda at: at[1] - at[0])
+        [index for _, index in run]
+        for _, run in itertools.groupby(enumerate(sorted(indices)), lambda at: at[1] - at[0])
     ]
     return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
 
