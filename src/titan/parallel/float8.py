@@ -50,7 +50,7 @@ class Float8Result:
 
     def describe(self, config: Float8Config) -> list[str]:
         """Return lines for the log: how many were exchanged, and every other one with the reason."""
-        line = f"float8 {config.recipe.name}{' emulated' * config.emulate} on {_count(self.converted)}"
+        line = f"float8 {config.recipe.name} on {_count(self.converted)}"
         names = [*self.converted, *self.skipped]
         unmatched = [part for part in config.filter_fqns if not any(part in name for name in names)]
         lines = [f"float8.filter_fqns has {part}, which names no linear here" for part in unmatched]
