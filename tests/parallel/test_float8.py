@@ -36,7 +36,7 @@ from .pool import RankPool
 
 CPU = torch.device("cpu")
 WIDE = ("model.dim=64", "model.ffn_dim=128", "optimizer.lr=1e-3", "float8.emulate=true")
-"""Wide enough that the keys of every tensor-parallel rank are a multiple of 16; and AdamW's first steps move each weight
+"""Wide enough that every tensor-parallel rank has a multiple of 16 keys; and AdamW's first steps move each weight
 by the whole learning rate, whichever way rounding turns a small gradient, so that is small."""
 BLOCK = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
 FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
