@@ -386,6 +386,44 @@ MISTAKES = {
         "training.attention = cudnn, but training.deterministic = true",
         "Try  training.attention=flash   or  training.deterministic=false",
     ),
+    "float8's small linears among names": (
+        "float8=rowwise float8.emulate=true float8.filter_fqns=[wk,auto_filter_small_kn]",
+        "an option of its own",
+        "Try  float8.auto_filter_small_kn=true",
+    ),
+    "no rule for small linears": (
+        "float8=rowwise_with_gw_hp float8.emulate=true float8.auto_filter_small_kn=true",
+        "torchao has no such rule",
+        "float8.auto_filter_small_kn=false   or  float8=rowwise",
+    ),
+    "a float8 gathering of rows' scales": (
+        "float8=rowwise float8.emulate=true float8.fsdp_all_gather=true cluster.devices_per_node=2",
+        "one scale for the whole tensor",
+        "float8=tensorwise   or  float8.fsdp_all_gather=null",
+    ),
+    "a float8 gathering without float8": ("float8.fsdp_all_gather=true", "but float8=none", "Try  float8=tensorwise"),
+    "a float8 gathering from the CPU's memory": (
+        "float8=tensorwise float8.emulate=true float8.fsdp_all_gather=true parallelism.cpu_offload=true "
+        "cluster.devices_per_node=2",
+        "but parallelism.cpu_offload = true",
+        "Try  float8.fsdp_all_gather=false",
+    ),
+    "a float8 gathering of one rank": (
+        "float8=tensorwise float8.emulate=true float8.fsdp_all_gather=true cluster.devices_per_node=2 "
+        "parallelism=fsdp_tp parallelism.tp=2",
+        "but dp_shard x cp = 1",
+        "Try  float8.fsdp_all_gather=null",
+    ),
+    "scales before no float8 gathering": (
+        "float8=tensorwise float8.emulate=true float8.precompute_scales=true",
+        "not gathered in float8",
+        "Try  float8.precompute_scales=null",
+    ),
+    "positions that float8 cannot multiply": (
+        "float8=tensorwise float8.emulate=false training.seq_len=250 training.local_batch_size=1",
+        "1 rows x 250 tokens = 250 positions",
+        "training.seq_len=256   or  float8=rowwise_with_gw_hp",
+    ),
     "float8 on a CPU": ("float8=rowwise", "needs a GPU with float8", "Try  float8=none   or  float8.emulate=true"),
     # files
     "weights that are not there": ("checkpoint.initial_load=nope", "nope is not a folder", "checkpoints/step_"),

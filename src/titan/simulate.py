@@ -184,6 +184,7 @@ def _execute(config: TitanConfig, model: BuiltModel, device: torch.device) -> li
         began = time.perf_counter()
         run()
         optimizer.step()
+        model.weights_changed()
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

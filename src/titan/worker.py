@@ -337,12 +337,14 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     """
     import torch.distributed as dist
 
+    from titan.parallel.float8 import check_float8_units
     from titan.trainer.build import load_data
     from titan.trainer.device import make_deterministic, select_device
 
     if config.training.deterministic:
         make_deterministic()
     device = select_device(config.cluster.device, rank.local_rank, threads_per_rank(rank.local_world_size))
+    check_float8_units(config.float8, device)  # before the data, which may take long
     data = load_data(config, is_writer=rank.local_rank == 0)
     backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
     if device.type == "cuda" and config.parallelism.cpu_offload:

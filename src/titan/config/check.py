@@ -416,15 +416,66 @@ def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
 
 
 def check_float8(config: TitanConfig) -> Iterator[Problem]:
-    """Float8 has hardware, or is emulated."""
-    recipe = config.float8.recipe
+    """Float8 has hardware, or is emulated; its options have something to act on."""
+    settings, recipe = config.float8, config.float8.recipe
+    if "auto_filter_small_kn" in settings.filter_fqns:
+        yield Problem(
+            "float8.filter_fqns has auto_filter_small_kn, which is an option of its own",
+            "TorchTitan has it among the names.",
+            "float8.auto_filter_small_kn=true",
+        )
+    if settings.fsdp_all_gather and recipe is not Float8Recipe.tensorwise:
+        yield Problem(
+            f"float8.fsdp_all_gather = true, but float8={recipe.name}",
+            "Only weights with one scale for the whole tensor can be cast before they are gathered.",
+            "float8=tensorwise   or  float8.fsdp_all_gather=null",
+        )
+    elif settings.fsdp_all_gather and config.parallelism.cpu_offload:
+        yield Problem(
+            "float8.fsdp_all_gather = true, but parallelism.cpu_offload = true",
+            "Shards in the CPU's memory go to the GPU as they are.",
+            "float8.fsdp_all_gather=false   or  parallelism.cpu_offload=false",
+        )
+    if settings.precompute_scales and not settings.fsdp_all_gather:
+        yield Problem(
+            "float8.precompute_scales = true, but weights are not gathered in float8",
+            "A weight that is gathered first has its scale from the rank that multiplies by it.",
+            "float8.precompute_scales=null",
+        )
     if recipe is Float8Recipe.none:
         return
+    if settings.auto_filter_small_kn and recipe is Float8Recipe.rowwise_with_gw_hp:
+        yield Problem(
+            f"float8.auto_filter_small_kn = true, but torchao has no such rule for float8={recipe.name}",
+            suggestion="float8.auto_filter_small_kn=false   or  float8=rowwise",
+        )
     if config.cluster.device is Device.cpu and not config.float8.emulate:
         yield Problem(
             f"float8={recipe.name} needs a GPU with float8 units (H100 or later), but cluster.device = cpu",
             "Emulation rounds as float8 does, but is slower than float32.",
             "float8=none   or  float8.emulate=true",
+        )
+
+
+def check_float8_layout(config: TitanConfig) -> Iterator[Problem]:
+    """There are shards to gather in float8, and as many positions as its products want."""
+    settings, parallelism, training = config.float8, config.parallelism, config.training
+    if settings.fsdp_all_gather and parallelism.dp_shard * parallelism.cp == 1:
+        yield Problem(
+            "float8.fsdp_all_gather = true, but dp_shard x cp = 1",
+            "Every rank has the weights that it multiplies by, so there is nothing to gather.",
+            "float8.fsdp_all_gather=null   or  parallelism.dp_shard=-1",
+        )
+    if settings.emulate or settings.recipe not in (Float8Recipe.tensorwise, Float8Recipe.rowwise):
+        return
+    pieces = pipeline_microbatches(config) if parallelism.pp > 1 else 1
+    rows, tokens = training.local_batch_size // pieces, training.seq_len // parallelism.cp
+    if rows * tokens % 16:
+        yield Problem(
+            f"{rows} rows x {tokens} tokens = {rows * tokens} positions of a micro-batch on a rank are no multiple of "
+            f"16, which float8={settings.recipe.name} needs",
+            "The weights' gradients are float8 products over the positions.",
+            f"training.seq_len={16 * parallelism.cp * max(1, round(tokens / 16))}   or  float8=rowwise_with_gw_hp",
         )
 
 
@@ -862,6 +913,7 @@ RULES_OF_LAYOUT: tuple[Rule, ...] = (
     check_sequence_shares,
     check_ring_is_eager,
     check_pipeline,
+    check_float8_layout,
     check_simulated,
     check_global_batch,
 )

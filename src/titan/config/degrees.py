@@ -19,6 +19,8 @@ from titan.config.schema import (
     DataConfig,
     Device,
     Dtype,
+    Float8Config,
+    Float8Recipe,
     ParallelismConfig,
     SourceConfig,
     TitanConfig,
@@ -166,12 +168,23 @@ def resolve_config(config: TitanConfig, machine: Machine) -> tuple[TitanConfig, 
         cluster=cluster,
         parallelism=replace(parallelism, pp_schedule_csv=_absolute(parallelism.pp_schedule_csv)),
         training=training,
+        float8=resolve_float8(config.float8, parallelism),
         data=resolve_data(config.data, cache),
         tokenizer=resolve_tokenizer(config.tokenizer),
         validation=validation,
         optimizer=optimizer,
         checkpoint=checkpoint,
     ), problems
+
+
+def resolve_float8(float8: Float8Config, parallelism: ParallelismConfig) -> Float8Config:
+    """Say whether weights are gathered in float8: where one scale a tensor allows it, and there are others' shards."""
+    gathers = float8.fsdp_all_gather
+    if gathers is None:
+        has_shards = parallelism.dp_shard * parallelism.cp > 1 and not parallelism.cpu_offload
+        gathers = float8.recipe is Float8Recipe.tensorwise and has_shards
+    precomputes = gathers if float8.precompute_scales is None else float8.precompute_scales
+    return replace(float8, fsdp_all_gather=gathers, precompute_scales=precomputes)
 
 
 def resolve_tokenizer(tokenizer: TokenizerConfig) -> TokenizerConfig:

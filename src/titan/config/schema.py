@@ -498,8 +498,16 @@ class Float8Config:
 
     recipe: Float8Recipe = Float8Recipe.none
     """How scales are chosen; none leaves the model as it is."""
-    filter_fqns: list[str] = field(default_factory=lambda: ["output"])
+    filter_fqns: list[str] = field(default_factory=list)
     """Linears whose name contains one of these stay as they are."""
+    auto_filter_small_kn: bool = False
+    """Linears too small to gain from float8 stay as they are, by torchao's rule, measured on H100."""
+    convert_output: bool = False
+    """Exchange the projection to words too; it then has no chunked loss."""
+    fsdp_all_gather: bool | None = None
+    """Gather weights in float8 under FSDP; null does with float8=tensorwise, where there is something to gather."""
+    precompute_scales: bool | None = None
+    """Compute the scales of all gathered weights in one exchange after each step; null does with fsdp_all_gather."""
     emulate: bool = False
     """Compute with the rounding of float8 but without its hardware, for tests; slow."""
 

@@ -36,9 +36,8 @@ def apply_parallelism(
     done = []
     # Float8 exchanges modules, so it comes before anything that holds on to them.
     if config.float8.recipe is not Float8Recipe.none:
-        result = apply_float8(model, config.float8, device)
-        done.append(f"float8 {config.float8.recipe.name} on {len(result.converted)} linears")
-        done += [f"float8 leaves {name}: {reason}" for name, reason in result.skipped.items()]
+        result = apply_float8(model, config.float8, device, family.cut_of, config.parallelism.tp)
+        done += result.describe(config.float8)
     # Context parallelism exchanges the module between a block's matrices, tensor parallelism cuts those matrices.
     settings = config.parallelism
     if mesh.cp_group is not None:

@@ -47,7 +47,7 @@ def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None 
     """
     output = model.output
     assert output is not None, "the stage that has the output"
-    if chunk_size == 0 or not isinstance(output, Linear):  # as an output in float8 is none
+    if chunk_size == 0 or not isinstance(output, Linear):  # as one in float8 is none
         model.loss = _LossOfLogits(group)
         return 0
     output.__class__ = _with_loss(type(output))  # type: ignore[reportAttributeAccessIssue]

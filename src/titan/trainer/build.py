@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +70,8 @@ class Trainer:
     """What is validated on, if anything is."""
     defers: bool = False
     """Whether what a step gave is looked at when it is there, and waited for only where it is needed at once."""
+    weights_changed: Callable[[], None] = lambda: None
+    """To be called whenever the weights have changed."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -122,6 +125,7 @@ def build_trainer(
         build_feed(config, data, mesh.data_rank, mesh.data_ranks),
         _positions(config, mesh),
         store,
+        weights_changed=model.weights_changed,
     )
     # A CPU's numbers are there at once, and with offloaded weights the CPU does the update.
     trainer.defers = device.type == "cuda" and not config.parallelism.cpu_offload and is_skipped_on_device(optimizer)

@@ -246,6 +246,7 @@ def run_step(
         before_update,
         (to_signed(rows.digest), rows.padding) if is_counted else (0, 0),
         spikes_left,
+        trainer.weights_changed,
     )
     state.step += 1
     state.tokens += trainer.tokens_per_step

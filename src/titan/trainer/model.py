@@ -15,6 +15,7 @@ from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily
 from titan.parallel.apply import DTYPES, apply_parallelism, init_weights, plain_parameters
 from titan.parallel.compile import mark_cuda_graphs
+from titan.parallel.float8 import gather_in_float8
 from titan.parallel.fsdp import begin_micro_batch
 from titan.parallel.mesh import Mesh
 from titan.parallel.pipeline import (
@@ -41,6 +42,8 @@ class BuiltModel:
     evaluate: Evaluate
     applied: list[str]
     """What was done to it, as lines for the log."""
+    weights_changed: Callable[[], None] = lambda: None
+    """To be called whenever the weights have changed: after each step, and after a checkpoint was loaded."""
 
     @property
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -73,6 +76,7 @@ def build_model(
         whole = family.build(config.model, config.training.seq_len)
     if config.parallelism.pp == 1:
         applied = _finish(whole, family, config, mesh, device, fill)
+        weights_changed = _gather_in_float8([whole], config, mesh, applied)
         mark = mark_cuda_graphs if config.compile.enable and config.compile.mode.has_cuda_graphs else lambda: None
 
         def begin(is_last: bool) -> None:
@@ -80,7 +84,7 @@ def build_model(
             begin_micro_batch(whole, config.parallelism.reshard_after_forward, is_last)
 
         seams = build_forward_backward(whole, begin), build_evaluate(whole, mark)
-        return BuiltModel([whole], *seams, applied)
+        return BuiltModel([whole], *seams, applied, weights_changed)
 
     settings, stage_group = config.parallelism, mesh.stage_group
     assert stage_group is not None, "pp > 1"
@@ -94,6 +98,7 @@ def build_model(
     for part in parts:
         part.leaves_output = True
     applied, *_ = [_finish(part, family, config, mesh, device, fill) for part in parts]
+    weights_changed = _gather_in_float8(parts, config, mesh, applied)
     microbatches = pipeline_microbatches(config)
     shapes = stage_shapes(config, microbatches)
     seam = PipelineForwardBackward(parts)
@@ -130,7 +135,7 @@ def build_model(
     name = settings.pp_schedule_csv or settings.pp_schedule.name
     stages = "; ".join(f"stage {index}: {describe_modules(stage)}" for index, stage in enumerate(plan))
     applied.append(f"pipeline {name}, {microbatches} microbatches, {stages}")
-    return BuiltModel(parts, seam, forward.run, applied)
+    return BuiltModel(parts, seam, forward.run, applied, weights_changed)
 
 
 class PipelineForwardBackward:
@@ -169,6 +174,17 @@ def _finish(
     fill(part, family, config.training.seed, device, shard_device)
     part.train()
     return applied
+
+
+def _gather_in_float8(
+    parts: Sequence[Decoder], config: TitanConfig, mesh: Mesh, applied: list[str]
+) -> Callable[[], None]:
+    """Do so if the config asks, and say so in `applied`; returns what to call when the weights have changed."""
+    if not config.float8.fsdp_all_gather:
+        return lambda: None
+    gathered = gather_in_float8(parts, mesh.storage.get_group("fsdp"))
+    applied += gathered.describe(has_scales := bool(config.float8.precompute_scales))
+    return gathered.compute_scales if has_scales else lambda: None
 
 
 def stage_shapes(config: TitanConfig, microbatches: int) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,7 @@ def load_checkpoint(
     if line := _describe_conversion(state, infos):
         logger.info(line)
     fill_copies(trainer.parameters, trainer.optimizer if takes_all and has_optimizer else None)
+    trainer.weights_changed()
     for tensor in generators.values():
         set_rng_state(tensor)
     if cursors:
@@ -142,6 +143,7 @@ def load_initial(trainer: Trainer, folder: Path) -> None:
     if on_first_rank(lambda: is_hugging_face(folder)):
         wanted = [named for named in trainer.parameters if not _fits_any(f"{MODEL}{named[0]}", settings.exclude)]
         differences = load_hugging_face(wanted, folder, model, excused)
+        trainer.weights_changed()
         what = "weights"
     else:
         store = trainer.store or CheckpointStore(folder.parent, settings)

@@ -138,6 +138,7 @@ def train_step(
     before_update: Callable[[], None] = lambda: None,
     account: Sequence[int] = (),
     spikes_left: Tensor | None = None,
+    after_update: Callable[[], None] = lambda: None,
 ) -> PendingResult:
     """Do one step on this rank's micro-batches, without waiting for the device.
 
@@ -158,6 +159,7 @@ def train_step(
         account: Integers of this rank to add up over the ranks that see other tokens.
         spikes_left: How many bad steps there may be; a bad step takes one away. Below zero no step changes anything any
             more, for the host, which will know later, is going to take them all back. None knows no end.
+        after_update: Called once the weights have moved.
 
     Shape:
         spikes_left: ().
@@ -183,6 +185,7 @@ def train_step(
     before_update()
     with record_function(OPTIMIZER):
         step_unless(optimizer, is_left_out)
+        after_update()
     values = torch.stack((loss, norm.to(loss.dtype), is_bad)).double()
     return PendingResult(torch.cat((values.view(torch.int64), counts)), spike_grad_norm)
 

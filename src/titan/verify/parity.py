@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from titan import worker
 from titan.config.check import check_config
-from titan.config.degrees import AXES, DATA_AXES, describe_degrees, stages_of_ranks, world_size
+from titan.config.degrees import (
+    AXES,
+    DATA_AXES,
+    describe_degrees,
+    pipeline_microbatches,
+    stages_of_ranks,
+    world_size,
+)
 from titan.config.load import compose, save_config
 from titan.config.schema import (
     ActivationCheckpointConfig,
@@ -203,13 +210,19 @@ def build_layout(
 
 def build_reference(layout: TitanConfig, directory: Path) -> TitanConfig:
     """Return the same training in one process: no parallelism, nothing compiled, nothing recomputed."""
+    training = layout.training
+    if layout.float8.recipe is not Float8Recipe.none and layout.parallelism.pp > 1:
+        # positions that are multiplied together may share a scale
+        training = replace(training, local_batch_size=training.local_batch_size // pipeline_microbatches(layout))
     return replace(
         layout,
+        training=training,
         run=replace(layout.run, dir=str(directory)),
         cluster=replace(layout.cluster, devices_per_node=1),
         parallelism=ParallelismConfig(dp_shard=1),
         compile=CompileConfig(),
         activation_checkpoint=ActivationCheckpointConfig(),
+        float8=replace(layout.float8, fsdp_all_gather=False, precompute_scales=False),
     )
 
 
