@@ -4,7 +4,7 @@ The whole is measured on the command itself, untouched, from outside: the front 
 written, the first step when its row of metrics.jsonl is. The parts come from `startup_clock.py`, which runs the same
 command and reads the clock between them; the two take turns, and their totals are shown beside each other. A start
 that is not counted comes first: it writes Python's bytecode, reads the libraries from disk and tokenises the data.
-A turn that other processes disturb is taken again, as in `cpu_tokens_per_second.py`.
+A turn that other processes disturb is taken again, as in `training.py`.
 """
 
 from __future__ import annotations

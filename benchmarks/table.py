@@ -1,4 +1,4 @@
-"""Write the figures of results/ into the table of README.md, so that no number there was typed by hand."""
+"""Write the figures of results/ into README.md and docs/performance.md, so that no number there was typed by hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 from record import RESULTS
 
 README = Path(__file__).with_name("README.md")
+PERFORMANCE_END = "<!-- end -->\n"
+PERFORMANCE = README.parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: python benchmarks/table.py -->\n", "<!-- end of figures -->\n"
 
 
 def main() -> int:
-    """Replace the table."""
+    """Replace the tables."""
+    write_performance()
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
@@ -26,9 +29,64 @@ def main() -> int:
     return 0
 
 
+def write_performance() -> None:
+    """Replace the tables of docs/performance.md for which there are results."""
+    text = PERFORMANCE.read_text()
+    for name, lines_of in (
+        ("training_cpu", _training_lines),
+        ("training_cuda", _training_lines),
+        ("loss", _loss_lines),
+    ):
+        path, begin = RESULTS / f"{name}.json", f"<!-- {name}: python benchmarks/table.py -->\n"
+        if not path.exists() or begin not in text:
+            continue
+        result = json.loads(path.read_text())
+        before, rest = text.split(begin)
+        after = rest.split(PERFORMANCE_END, 1)[1]
+        lines = "\n".join([*lines_of(result), "", _origin(name, result)])
+        text = f"{before}{begin}\n{lines}\n\n{PERFORMANCE_END}{after}"
+    PERFORMANCE.write_text(text)
+
+
+def _training_lines(result: dict[str, Any]) -> Iterator[str]:
+    for name, case in result["cases"].items():
+        side = case["sides"][0]
+        yield f"**{name}**: `{case['model']}`, {side['rows']} rows x {case['seq_len']:,} tokens"
+        yield ""
+        yield "| what | tokens/s | least to most | TFLOP/s, full and causal | peak GiB | first step, s |"
+        yield "|---|---:|---:|---:|---:|---:|"
+        for side in case["sides"]:
+            rate, flops = side["tokens_per_second"], side["tflops"]
+            yield (
+                f"| {side['name']} | {rate['median']:,.0f} | {rate['least']:,.0f} to {rate['most']:,.0f} | "
+                f"{flops['full']:.2f}, {flops['causal']:.2f} | {side['peak_memory_gib']['median']:.2f} | "
+                f"{side['first_step_seconds']['median']:.1f} |"
+            )
+        yield ""
+        for mark in case["marks"]:
+            is_met = "met" if mark["ratio"] >= mark["least"] else "**missed**"
+            yield (
+                f"- {mark['ours']}, times {mark['theirs']}: {mark['ratio']:.2f} (turns: {mark['least_turn']:.2f} to "
+                f"{mark['most_turn']:.2f}); the mark is {mark['least']}: {is_met}"
+            )
+        yield ""
+
+
+def _loss_lines(result: dict[str, Any]) -> Iterator[str]:
+    shape, names = result["shape"], {"plain": "all logits at once", "titan": "titan's chunks"}
+    cores = result["machine"]["cores"]
+    yield f"{shape['positions']:,} positions, {shape['dim']:,} wide, {shape['dtype']}, {cores} cores:"
+    yield ""
+    yield "| how | seconds | least to most | peak GiB |"
+    yield "|---|---:|---:|---:|"
+    for way, found in result["ways"].items():
+        seconds, name = found["seconds"], names.get(way, "PyTorch, `linear_cross_entropy`")
+        spread = f"{seconds['least']:.2f} to {seconds['most']:.2f}"
+        yield f"| {name} | {seconds['median']:.2f} | {spread} | {found['peak_gib']['median']:.2f} |"
+
+
 def _results() -> Iterator[dict[str, Any]]:
     for name in (
-        "cpu_tokens_per_second",
         "startup",
         "submission",
         "memory_flatness",
@@ -44,13 +102,7 @@ def _results() -> Iterator[dict[str, Any]]:
 
 def _rows(name: str, result: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """Return the rows of one benchmark: what, median, spread, unit."""
-    if name == "cpu_tokens_per_second":
-        for side in result["sides"].values():
-            yield _row(side["what"], side["tokens_per_second"], ",.0f", "tokens/s")
-        for other, ratio in result["ratios"].items():
-            what = f"ratio to: {result['sides'][other]['what']}"
-            yield what, f"{ratio['of_medians']:.2f}", f"{ratio['least']:.2f} to {ratio['most']:.2f}", "of turns"
-    elif name == "startup":
+    if name == "startup":
         yield _row("`--cfg job`", result["cfg_job_seconds"], ".2f", "s")
         yield _row("command to frozen config (front end)", result["front_end_seconds"], ".2f", "s")
         yield _row("command to first step", result["first_step_seconds"], ".2f", "s")

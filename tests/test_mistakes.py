@@ -357,14 +357,22 @@ MISTAKES = {
         "exceeds model.n_layers = 6",
         "activation_checkpoint.every=2",
     ),
-    "cuDNN on a CPU": ("training.attention=cudnn", "but cluster.device = cpu", "Try  training.attention=auto"),
-    "FlexAttention on a CPU": ("training.attention=flex", "has no backward pass on a CPU", "training.attention=auto"),
-    "FlashAttention 3 on a CPU": ("training.attention=flash3", "but cluster.device = cpu", "training.attention=auto"),
+    "cuDNN on a CPU": ("training.attention=cudnn", "but cluster.device = cpu", "Try  training.attention=default"),
+    "FlexAttention on a CPU": (
+        "training.attention=flex",
+        "has no backward pass on a CPU",
+        "training.attention=default",
+    ),
+    "FlashAttention 3 on a CPU": (
+        "training.attention=flash3",
+        "but cluster.device = cpu",
+        "training.attention=default",
+    ),
     "an unknown kernel": ("training.attention=flashh", "training.attention = flashh", "training.attention=flash"),
     "FlexAttention without documents": (
         "cluster=simulated training.attention=flex",
         "training.attention = flex, but data.mask_documents = false",
-        "Try  training.attention=auto   or  data.mask_documents=true",
+        "Try  training.attention=default   or  data.mask_documents=true",
     ),
     "flash attention over documents": (
         "cluster=simulated training.attention=flash data.mask_documents=true",
@@ -379,7 +387,7 @@ MISTAKES = {
     "a ring of another kernel": (
         "training.attention=math parallelism.cp=2 parallelism.cp_method=ring cluster.devices_per_node=2",
         "training.attention = math together with parallelism.cp_method = ring",
-        "Try  training.attention=auto   or  parallelism.cp_method=allgather",
+        "Try  training.attention=default   or  parallelism.cp_method=allgather",
     ),
     "cuDNN and the same bits": (
         "cluster=simulated training.attention=cudnn training.deterministic=true",

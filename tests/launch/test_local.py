@@ -72,7 +72,7 @@ def test_what_was_typed_and_what_it_made_is_kept(together: tuple[RunDirectory, F
     """config.yaml is the whole config with nothing left open; overrides.yaml is the command line."""
     directory, _ = together
     text = directory.config.read_text()
-    for left_open in ("${", "???", "auto"):
+    for left_open in ("${", "???", ": auto\n"):
         assert left_open not in text
     config = load_config(directory.config)
     assert world_size(config.cluster) == 2

@@ -8,21 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from titan.config.schema import OptimizerConfig
+from titan.config.schema import Dtype, OptimizerConfig
 from titan.optim.build import build_optimizer
 from titan.optim.guard import is_skipped_on_device, step_unless
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def two_alike(device: str) -> list[tuple[list[nn.Parameter], torch.optim.Optimizer]]:
+def two_alike(
+    device: str, state_dtype: Dtype = Dtype.float32, backend: str | None = None
+) -> list[tuple[list[nn.Parameter], torch.optim.Optimizer]]:
     """Return parameters with their optimizer, twice the same."""
     made = []
     for _ in range(2):
         torch.manual_seed(0)
         named = [(name, nn.Parameter(torch.randn(5, 7, device=device))) for name in ("a", "tok_embeddings")]
         named.append(("norm", nn.Parameter(torch.randn(7, device=device))))
-        made.append(([p for _, p in named], build_optimizer(named, OptimizerConfig(lr=0.1), torch.device(device))))
+        config = OptimizerConfig(lr=0.1, state_dtype=state_dtype)
+        made.append(([p for _, p in named], build_optimizer(named, config, torch.device(device), backend)))
     return made
 
 
@@ -32,12 +35,15 @@ def bits(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> li
     return [tensor.detach().clone() for tensor in (*parameters, *states)]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("state_dtype", [Dtype.float32, Dtype.bfloat16])
 @pytest.mark.parametrize("device", ["cpu", CUDA])
-def test_steps_left_out_leave_no_trace(device: str) -> None:
+def test_steps_left_out_leave_no_trace(device: str, state_dtype: Dtype, backend: str | None) -> None:
     """Steps done as PyTorch does them, and the same with bad ones of no number between: the same bits after each."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    (plain, its), (guarded, other) = two_alike(device)
+    (plain, its), (guarded, other) = two_alike(device, state_dtype, backend)
     assert is_skipped_on_device(other)
     for turn, is_bad in enumerate([False, True, True, False, True, False]):
         for mine, theirs in zip(guarded, plain, strict=True):

@@ -53,13 +53,13 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("attention", "changes", "says"),
     [
-        (Attention.auto, {}, "flash"),
+        (Attention.default, {}, "flash"),
         (Attention.flash, {}, "flash"),
         (Attention.math, {}, "math"),
-        (Attention.auto, {"has_documents": True}, "flash, with a mask of all queries and keys for the documents"),
-        (Attention.auto, {"method": ContextMethod.allgather}, "flash, with a mask of all queries and keys"),
+        (Attention.default, {"has_documents": True}, "flash, with a mask of all queries and keys for the documents"),
+        (Attention.default, {"method": ContextMethod.allgather}, "flash, with a mask of all queries and keys"),
         (Attention.math, {"method": ContextMethod.all_to_all}, "math"),
-        (Attention.auto, {"method": ContextMethod.ring, "has_documents": True}, "flash, from rank to rank"),
+        (Attention.default, {"method": ContextMethod.ring, "has_documents": True}, "flash, from rank to rank"),
     ],
 )
 def test_what_is_chosen_is_what_runs_and_is_said(attention: Attention, changes: dict[str, Any], says: str) -> None:
@@ -74,7 +74,7 @@ def test_a_kernel_that_the_device_lacks_is_told_before_the_first_step(attention:
         choose_kernel(attention, SHAPE, CPU)
     assert f"training.attention = {attention.name} cannot do this on cpu" in str(error.value)
     assert "No viable backend" in str(error.value)
-    assert "training.attention=auto" in str(error.value)
+    assert "training.attention=default" in str(error.value)
 
 
 def test_flash_attention_3_without_its_package_is_told() -> None:
@@ -267,7 +267,7 @@ def test_every_kernel_is_causal_on_a_gpu(attention: Attention, queries: int, key
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("attention", [Attention.auto, Attention.flex, Attention.efficient, Attention.math])
+@pytest.mark.parametrize("attention", [Attention.default, Attention.flex, Attention.efficient, Attention.math])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_documents_are_kept_apart_on_a_gpu(attention: Attention, is_compiled: bool) -> None:
     """The right attention inside documents, and not one bit of another's output changes with a document's keys."""
@@ -277,7 +277,7 @@ def test_documents_are_kept_apart_on_a_gpu(attention: Attention, is_compiled: bo
     positions = torch.arange(600, device=device)
     function = torch.compile(attend, fullgraph=True) if is_compiled else attend
     visible = module.visible(starts, positions)
-    if attention in (Attention.auto, Attention.flex):
+    if attention in (Attention.default, Attention.flex):
         assert isinstance(visible, type(visible_tiles(starts, positions, 600)))
     out = function(q, k, v, visible, module.kernel)
     assert_is_attention(out, q, k, v, visible_keys(starts, positions, positions))

@@ -148,7 +148,7 @@ def build(packed: Path, *overrides: str) -> Trainer:
 def take_steps(trainer: Trainer, steps: int) -> list[tuple[float, float]]:
     """Return loss and gradient norm of the next steps."""
     batches = steps_of_batches(trainer, build_meter(trainer))
-    results = [run_step(trainer, next(batches))[0] for _ in range(steps)]
+    results = [run_step(trainer, next(batches)).result.read() for _ in range(steps)]
     batches.close()
     return [(result.loss, result.grad_norm) for result in results]
 

@@ -271,7 +271,7 @@ def test_the_beginning_of_every_micro_batch_is_told() -> None:
             return (tokens * torch.ones(1, requires_grad=True)).sum()
 
     batches = [Batch(torch.ones(1, 2), torch.ones(1, 2))] * 3
-    step.build_forward_backward(Model(), lambda: told.append("begin"))(batches, torch.ones(()))
+    step.build_forward_backward(Model(), lambda is_last: told.append("begin"))(batches, torch.ones(()))
     assert told == ["begin", "model"] * 3
     step.build_evaluate(Model(), lambda: told.append("begin"))(batches)
     assert told == ["begin", "model"] * 6

@@ -509,7 +509,7 @@ _CUDA_ONLY = {
 }
 _SIXTEEN_BITS = (Attention.flash, Attention.flash3, Attention.cudnn)
 _ONLY_CAUSAL = (Attention.flash, Attention.flash3)
-_IN_A_RING = (Attention.auto, Attention.flash, Attention.flash3)
+_IN_A_RING = (Attention.default, Attention.flash, Attention.flash3)
 
 
 def check_attention(config: TitanConfig) -> Iterator[Problem]:
@@ -521,20 +521,20 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             f"{key}, but cluster.device = cpu",
             _CUDA_ONLY[attention],
-            "training.attention=auto   (on a CPU there are flash and math)",
+            "training.attention=default   (on a CPU there are flash and math)",
         )
         return
     if attention is Attention.flex and not config.data.mask_documents:
         yield Problem(
             f"{key}, but data.mask_documents = false",
             "It is there to skip what documents do not see of each other; the plain causal mask the others know.",
-            "training.attention=auto   or  data.mask_documents=true",
+            "training.attention=default   or  data.mask_documents=true",
         )
     if has_ring and attention not in _IN_A_RING:
         yield Problem(
             f"{key} together with parallelism.cp_method = ring",
             "The ring merges results by their log-sum-exp, which it has from flash.",
-            "training.attention=auto   or  parallelism.cp_method=allgather",
+            "training.attention=default   or  parallelism.cp_method=allgather",
         )
     if not on_cpu and attention in _SIXTEEN_BITS and training.param_dtype is Dtype.float32:
         yield Problem(
@@ -546,7 +546,7 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             f"{key}, but data.mask_documents = true",
             "On CUDA it knows no mask but the causal one.",
-            f"training.attention={'auto' if has_ring else 'flex'}   or  data.mask_documents=false",
+            f"training.attention={'default' if has_ring else 'flex'}   or  data.mask_documents=false",
         )
     if attention is Attention.cudnn and training.deterministic:
         yield Problem(
@@ -559,7 +559,7 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             f"{key}, but the package flash_attn_3 is not installed",
             "PyTorch takes its kernels from the module flash_attn_interface, which is not here.",
-            "training.attention=cudnn   (as new, on Hopper)   or  training.attention=auto",
+            "training.attention=cudnn   (as new, on Hopper)   or  training.attention=default",
         )
 
 

@@ -112,9 +112,9 @@ class ReshardAfterForward(Enum):
 
 
 class Attention(Enum):
-    """What computes attention: a kernel of PyTorch's SDPA, or FlexAttention; `auto` depends on device and data."""
+    """What computes attention: a kernel of PyTorch's SDPA, or FlexAttention; `default` depends on device and data."""
 
-    auto = "auto"
+    default = "default"
     flash = "flash"
     cudnn = "cudnn"
     efficient = "efficient"
@@ -254,9 +254,9 @@ class TrainingConfig:
     """Format of weights and activations in forward and backward; auto is bfloat16 where the device has units for it."""
     reduce_dtype: Dtype = Dtype.float32
     """Format in which gradients are summed over ranks; auto is float32."""
-    attention: Attention = Attention.auto
+    attention: Attention = Attention.default
     """A kernel of PyTorch's SDPA (flash, cudnn, efficient, math), FlashAttention 3, or flex for documents kept apart;
-    auto takes the fastest that can do what is asked."""
+    default takes the fastest that can do what is asked."""
     loss_chunk_size: int = -1
     """Positions whose logits are there at a time; -1 chooses by the number of words, 0 computes all logits at once."""
     gc_interval: int = 50

@@ -4,7 +4,7 @@ PyTorch multiplies float32 matrices on a CPU with MKL, which runs its slower cod
 its own: on two cores of an AMD EPYC 175 GFLOP/s against oneDNN's 380, with the same rounding. oneDNN is in every
 x86 build of PyTorch; only the choice is missing (`torch.backends.mkldnn.matmul` offers it for reduced precision
 alone). So this layer calls oneDNN for float32 on a CPU, and is `nn.Linear` everywhere else: on CUDA, in bfloat16, and
-for DTensor weights. `benchmarks/cpu_tokens_per_second.py` measures what it gives.
+for DTensor weights. `benchmarks/training.py` measures what it gives.
 """
 
 from __future__ import annotations

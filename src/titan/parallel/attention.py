@@ -82,11 +82,11 @@ def choose_kernel(attention: Attention, shape: AttentionShape, device: torch.dev
     if shape.method is ContextMethod.ring:
         return Kernel(), _describe_ring(attention, shape, device)
     is_flex = attention is Attention.flex
-    if attention is Attention.auto and shape.has_documents and device.type == "cuda":
+    if attention is Attention.default and shape.has_documents and device.type == "cuda":
         is_flex = shape.head_size >= _LEAST_FLEX_HEAD
     if is_flex:
         return Kernel(is_flex=True), "flex, without a mask: only where documents leave something to see"
-    kernel = Kernel(_order(device) if attention is Attention.auto else (_BACKENDS[attention],))
+    kernel = Kernel(_order(device) if attention is Attention.default else (_BACKENDS[attention],))
     taken = _try_out(kernel, attention, shape, device)
     taken = "flash3" if attention is Attention.flash3 else taken
     if not _has_mask(kernel, shape, device):
@@ -95,7 +95,7 @@ def choose_kernel(attention: Attention, shape: AttentionShape, device: torch.dev
 
 
 def _order(device: torch.device) -> tuple[SDPBackend, ...]:
-    """Return of what `auto` takes the first that can; on a CPU PyTorch's own order is right."""
+    """Return of what `default` takes the first that can; on a CPU PyTorch's own order is right."""
     if device.type != "cuda":
         return ()
     flash, rest = SDPBackend.FLASH_ATTENTION, (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -154,7 +154,7 @@ def _try_out(kernel: Kernel, attention: Attention, shape: AttentionShape, device
             why = " ".join(dict.fromkeys(said)) or str(error).splitlines()[0]
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
             what = f"training.attention = {attention.name} cannot do this on {name}"
-            raise ConfigError([Problem(what, f"PyTorch says: {why}", "training.attention=auto")]) from error
+            raise ConfigError([Problem(what, f"PyTorch says: {why}", "training.attention=default")]) from error
     return watch.taken
 
 
@@ -167,7 +167,7 @@ def _activate_flash3() -> None:
                 Problem(
                     "training.attention = flash3, but PyTorch cannot activate FlashAttention 3",
                     f"{type(error).__name__}: {error}. It needs PyTorch 2.11 and the package flash_attn_3.",
-                    "training.attention=auto",
+                    "training.attention=default",
                 )
             ]
         ) from error

@@ -200,7 +200,7 @@ def build_layout(
         checkpoint=checkpoint or CheckpointConfig(mode=CheckpointMode["disabled"]),
         profiling=replace(config.profiling, enable=False, memory_snapshot=False),
         validation=replace(config.validation, interval=0),
-        training=replace(config.training, attention=Attention.auto),  # which kernels there are depends on the device
+        training=replace(config.training, attention=Attention.default),  # which kernels there are depends on the device
     )
     if shrink:
         config = shrink_config(config, also)
