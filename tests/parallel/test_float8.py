@@ -281,7 +281,6 @@ def slow(*case: Any) -> Any:
         slow("tensorwise", 2, (*mesh(dp_shard=2), "parallelism.cpu_offload=true")),
         slow("tensorwise", 2, (*mesh(dp_shard=2), "compile=inductor")),
         slow("rowwise", 2, (*mesh(tp=2), "compile=inductor")),
-        slow("rowwise_with_gw_hp", 2, (*mesh(dp_shard=2), "compile=inductor")),
         slow("tensorwise", 4, mesh(dp_replicate=2, dp_shard=2)),
         slow("tensorwise", 4, (*mesh(dp_shard=2, tp=2), "compile=inductor", "compile.backend=aot_eager")),
         slow("tensorwise", 4, mesh(pp=2, dp_shard=2)),
