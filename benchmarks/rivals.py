@@ -119,7 +119,7 @@ def run_transformers(run: Run) -> dict[str, Any]:
         optimizer.step()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    return _figures(seconds, losses, sum(parameter.numel() for parameter in model.parameters()))
+    return _figures(seconds, losses, sum(parameter.numel() for parameter in model.parameters()), device)
 
 
 def run_torchtitan(run: Run) -> dict[str, Any]:
@@ -197,9 +197,10 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
         trainer.train_step, trainer.forward_backward_step = timed, kept
         trainer.train()
         parameters = sum(parameter.numel() for part in trainer.model_parts for parameter in part.parameters())
+        device = trainer.device
         trainer.close()
         torch.distributed.destroy_process_group()
-    return _figures(seconds, [float(loss) for loss in losses], parameters)
+    return _figures(seconds, [float(loss) for loss in losses], parameters, device)
 
 
 class _Rows:
@@ -285,24 +286,17 @@ def _read_batches(run: Run) -> list[Any]:
     return [(batch.tokens, batch.labels) for batch in batches]
 
 
-def _figures(seconds: list[float], losses: list[float], parameters: int) -> dict[str, Any]:
+def _figures(seconds: list[float], losses: list[float], parameters: int, device: Any) -> dict[str, Any]:
+    from titan.metrics.memory import peak_memory_gib
+
     return {
         "step_seconds": seconds[WARM_UP:],
         "first_step_seconds": seconds[0],
-        "peak_memory_gib": _peak_memory_gib(),
+        "peak_memory_gib": peak_memory_gib(device),
         "first_loss": losses[0],
         "last_loss": losses[-1],
         "parameters": parameters,
     }
-
-
-def _peak_memory_gib() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved() / (1 << 30)
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / (1 << 20)
 
 
 def _keep_freed_memory() -> None:

@@ -25,7 +25,7 @@ Visible = Tensor | BlockMask
 """Which keys each query sees: (B, 1, Q, S) bool, or in tiles."""
 
 _SMALL_HEAD = 32
-"""Heads of up to so many numbers take a CPU longer in 16 bits than in float32, the backward pass by a third (2.13)."""
+"""Heads of up to so many numbers are computed in float32 on a CPU, whose kernel is no faster for them in 16 bits."""
 _TILE = 128
 """Queries, and keys, of a tile: FlexAttention's own default."""
 

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
+
+from titan.optim.clip import local_part
 
 _NUMBERS = 7
 """What an update needs beside its tensors."""
@@ -93,10 +94,10 @@ class AdamW(torch.optim.AdamW):
                 state[name] = torch.zeros_like(parameter, dtype=self.state_dtype, requires_grad=False)
         assert parameter.grad is not None, "others are left out"
         return _Member(
-            _local(parameter),
-            _local(parameter.grad),
-            _local(state["exp_avg"]),
-            _local(state["exp_avg_sq"]),
+            local_part(parameter).detach(),
+            local_part(parameter.grad).detach(),
+            local_part(state["exp_avg"]).detach(),
+            local_part(state["exp_avg_sq"]).detach(),
             state["step"],
         )
 
@@ -204,7 +205,3 @@ def _numbers(group: dict[str, Any], steps: list[Tensor], found_inf: Tensor | Non
 def _flat(tensor: Tensor) -> Tensor:
     """Return the same numbers in one dim. Detached at last, for the graph would be another for a view's other base."""
     return tensor.view(-1).detach()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

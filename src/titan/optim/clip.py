@@ -36,7 +36,7 @@ def global_grad_norm(
     kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None and not any(parameter is copy for copy in copies):
-            kinds[_sharding_groups(parameter.grad)].append(_local(parameter.grad))
+            kinds[_sharding_groups(parameter.grad)].append(local_part(parameter.grad))
     # PyTorch's norm of a large float32 tensor on a CPU is off by up to 1e-4, depending on how it is sharded; on CUDA
     # the sum is a tree, and float64 would be slow.
     dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -60,13 +60,14 @@ def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: f
     """Scale all gradients down so that their norm is at most `max_norm`; 0 leaves them alone."""
     if max_norm <= 0:
         return
-    gradients = [_local(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if gradients:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(gradients, scale.to(gradients[0].device))
 
 
-def _local(gradient: Tensor) -> Tensor:
+def local_part(gradient: Tensor) -> Tensor:
+    """Return what this rank has of a tensor."""
     return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 

@@ -51,11 +51,15 @@ def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None 
         model.loss = _LossOfLogits(group)
         return 0
     output.__class__ = _with_loss(type(output))  # type: ignore[reportAttributeAccessIssue]
-    words = model.config.vocab_size
-    size = chunk_size if chunk_size > 0 else max(256, _LARGEST_LOGITS // words)
+    size = chunk_size if chunk_size > 0 else choose_chunk_size(model.config.vocab_size)
     cast(_LossOutput, output).chunk_size, cast(_LossOutput, output).group = size, group
     model.loss = _call_output
     return size
+
+
+def choose_chunk_size(words: int) -> int:
+    """Return the positions of a chunk where the config leaves them open."""
+    return max(256, _LARGEST_LOGITS // words)
 
 
 def compile_loss(model: Decoder, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
