@@ -102,7 +102,7 @@ def run(way: str, positions: int, dim: int, dtype: str, device: str) -> dict[str
 
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "plain": lambda: cross_entropy_sum(F.linear(hidden, weight), labels),
-        "titan": lambda: chunked_cross_entropy(hidden, weight, labels, choose_chunk_size(WORDS)),
+        "titan": lambda: chunked_cross_entropy(hidden, weight, labels, choose_chunk_size(WORDS, device)),
         "pytorch": pytorch,
     }
     before = _memory_gib(device, "now")

@@ -157,7 +157,7 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
         build_dataloader_fn=lambda **_: _Rows(batches),
     )
     register_train_spec("llama3_same", spec)
-    job = JobConfig()
+    job: Any = JobConfig()
     job.model.name, job.model.flavor = "llama3_same", "same"
     job.job.dump_folder = tempfile.mkdtemp()
     job.training.steps, job.training.seq_len = len(batches), training.seq_len
@@ -178,7 +178,7 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
         torch.distributed.init_process_group(
             "gloo" if on_cpu else "nccl", init_method=f"file://{store.name}", rank=0, world_size=1
         )
-        trainer = Trainer(job)
+        trainer: Any = Trainer(job)
         seconds, losses = [], []
         step, forward_backward = trainer.train_step, trainer.forward_backward_step
 

@@ -15,9 +15,11 @@ Each repetition is a process of its own and the sides take turns, so none has th
 during which other processes kept a fifth of a core busy is taken again and written down apart: OpenMP's threads wait
 for each other at every operation, so that what shares a core with one of them costs far more than its share.
 
-On a GPU each side tries micro-batches of 1, 2, 4 and 8 rows first and takes the one with which it is fastest. MFU is
-given in both conventions: operations of the model, 6 N + 12 L H E S for each token (full attention), or half of the
-second term (causal); N are the parameters in matrix products, L layers, H heads, E head size, S sequence length.
+On a GPU each side takes the micro-batch with which it is fastest, as `--choose-rows` finds it out among 1, 2, 4 and 8
+rows; what it found on one H100 of 80 GB is written down below. MFU is given in both conventions: operations of the
+model, 6 N + 12 L H E S for each token (full attention), or half of the second term (causal); N are the parameters in
+matrix products, L layers, H heads, E head size, S sequence length. What has a mark comes first; `--minutes` ends it,
+and a side that has had no turn by then is left out. Every figure says how many turns it is of.
 """
 
 from __future__ import annotations
@@ -95,8 +97,12 @@ class Case:
     steps: int = 4
     """Measured ones."""
     repeats: int = 3
-    tries_rows: tuple[int, ...] = field(default=())
-    """Micro-batches of which each side chooses; none where `rows` is given."""
+    fastest_rows: dict[Side, int] = field(default_factory=dict)
+    """The micro-batch of a side, if it is another than `rows`; 0 where none fits."""
+
+    def rows_of(self, side: Side) -> int:
+        """Return the rows of a side's micro-batch."""
+        return self.fastest_rows.get(side, self.rows)
 
 
 EAGER = Side("titan"), Side("transformers"), Side("torchtitan")
@@ -132,7 +138,7 @@ CPU = (
 )
 _ON_GPU = tuple(
     Side(program, "bfloat16", compiled, float8, recompute)
-    for compiled, float8 in ((False, False), (True, False), (True, True))
+    for compiled, float8 in ((True, False), (True, True), (False, False))
     for recompute in ("none", "selective")
     for program in ("titan", "torchtitan")
 )
@@ -144,13 +150,10 @@ _GPU_MARKS = tuple(
     for recompute in ("none", "selective")
 )
 CUDA = (
-    Case(
-        "8B cut to 8 layers", ("model=llama3_8b", "model.n_layers=8"), 1, 8192, _ON_GPU, _GPU_MARKS, 8, 2, (1, 2, 4, 8)
-    ),
-    Case(
-        "3.2 1B", ("model=llama3_2_1b", "model.tie_embeddings=false"), 1, 8192, _ON_GPU, _GPU_MARKS, 8, 2, (1, 2, 4, 8)
-    ),
+    Case("8B cut to 8 layers", ("model=llama3_8b", "model.n_layers=8"), 1, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
+    Case("3.2 1B", ("model=llama3_2_1b", "model.tie_embeddings=false"), 1, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
 )
+_TRIED_ROWS = (1, 2, 4, 8)
 
 Result = dict[str, Any]
 
@@ -163,15 +166,26 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, help="processes of each side")
     parser.add_argument("--steps", type=int, help="measured steps of each process")
     parser.add_argument("--busy", action="store_true", help="measure although others use the machine; writes no result")
+    parser.add_argument("--side", action="append", help="a part of the names of the sides to measure (default: all)")
+    parser.add_argument("--rows", type=int, help="rows of every side's micro-batch; writes no result")
+    parser.add_argument("--choose-rows", action="store_true", help="only find out with how many rows each is fastest")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no turn after so many, of all cases")
     given = parser.parse_args()
     cases = [case for case in (CPU if given.device == "cpu" else CUDA) if not given.case or case.name in given.case]
     machine, found, missed = describe_machine(), {}, []
-    for case in cases:
-        case = replace(case, repeats=given.repeats or case.repeats, steps=given.steps or case.steps)
+    began = time.monotonic()
+    for index, case in enumerate(cases):
+        sides = tuple(s for s in case.sides if not given.side or any(part in s.name for part in given.side))
+        case = replace(case, sides=sides, repeats=given.repeats or case.repeats, steps=given.steps or case.steps)
+        case = replace(case, rows=given.rows, fastest_rows={}) if given.rows else case
         print(f"\n{case.name}: {' '.join(case.overrides)}, {case.seq_len} tokens a row", flush=True)
-        found[case.name] = measure(case, given.device, given.busy)
+        if given.choose_rows:
+            choose_rows(case, given.device)
+            continue
+        deadline = began + 60 * given.minutes * (index + 1) / len(cases)
+        found[case.name] = measure(case, given.device, given.busy, deadline)
         missed += report(case, found[case.name])
-    if not given.busy:
+    if not given.busy and not given.rows and found:
         path = write_result(f"training_{given.device}", machine, cases=found)
         print(f"\nwritten to {path.name}")
     for line in missed:
@@ -179,24 +193,17 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def measure(case: Case, device: str, busy: bool) -> Result:
+def measure(case: Case, device: str, busy: bool, deadline: float) -> Result:
     """Run all sides of a case in turn; return its figures."""
-    sides = [side for side in case.sides if side.program != "torchtitan" or find_spec("torchtitan")]
+    sides = [side for side in _installed(case.sides) if case.rows_of(side)]
     quiet: dict[Side, list[Result]] = {side: [] for side in sides}
     disturbed: dict[Side, list[Result]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = dict.fromkeys(sides, case.rows)
-        freeze(case, folder, device, case.rows)
-        if case.tries_rows:
-            rows = {side: choose_rows(case, side, folder, device) for side in sides}
         for _ in range(case.repeats):
             for side in sides:
-                if not rows[side]:
-                    continue
-                while True:
+                while time.monotonic() < deadline:
                     others = OtherLoad()
-                    result = run_side(case, side, folder, device, rows[side], case.steps)
+                    result = run_side(case, side, Path(name), device, case.rows_of(side), case.steps)
                     if result is None:
                         break
                     result["cores_busy_elsewhere"] = others.cores()
@@ -208,6 +215,7 @@ def measure(case: Case, device: str, busy: bool) -> Result:
                         break
                     if len(disturbed[side]) > MOST_DISTURBED_TURNS:
                         raise SystemExit("FAILED: the machine is too busy to measure")
+    rows = {side: case.rows_of(side) for side in sides}
     return {
         "model": " ".join(case.overrides),
         "seq_len": case.seq_len,
@@ -228,7 +236,7 @@ def measure(case: Case, device: str, busy: bool) -> Result:
 def compare(mark: Mark, turns: dict[Side, list[Result]]) -> dict[str, Any]:
     """Return how many times as fast ours is, of medians and turn by turn, and both peaks of memory."""
     ours, theirs = ([turn["tokens_per_second"] for turn in turns[side]] for side in (mark.ours, mark.theirs))
-    ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+    ratios = [our / their for our, their in zip(ours, theirs, strict=False)]  # time may end between the two
     ratio = statistics.median(ours) / statistics.median(theirs)
     return {"ratio": round(ratio, 3), "least_turn": round(min(ratios), 3), "most_turn": round(max(ratios), 3)}
 
@@ -245,6 +253,7 @@ def describe(
     figures = {
         "name": side.name,
         "rows": rows,
+        "turns": len(turns),
         "tokens_per_second": spread(rates, 1),
         "peak_memory_gib": spread([turn["peak_memory_gib"] for turn in turns], 3),
         "first_step_seconds": spread([turn["first_step_seconds"] for turn in turns], 2),
@@ -289,31 +298,37 @@ def report(case: Case, found: Result) -> list[str]:
     return missed
 
 
-def choose_rows(case: Case, side: Side, folder: Path, device: str) -> int:
-    """Return the micro-batch with which a side is fastest; 0 where none fits."""
-    rates = {}
-    for rows in case.tries_rows:
-        freeze(case, folder, device, rows)
-        result = run_side(case, side, folder, device, rows, 2)
-        if result is None:  # out of memory, as more rows would be
-            break
-        rates[rows] = result["tokens_per_second"]
-    return max(rates, key=lambda rows: rates[rows], default=0)
+def choose_rows(case: Case, device: str) -> None:
+    """Print with how many rows each side is fastest."""
+    with tempfile.TemporaryDirectory() as folder:
+        for side in _installed(case.sides):
+            rates: dict[int, float] = {}
+            for rows in _TRIED_ROWS:
+                result = run_side(case, side, Path(folder), device, rows, 3)
+                if result is None:  # out of memory, as more rows would be
+                    break
+                rates[rows] = result["tokens_per_second"]
+            tried = ", ".join(f"{rows}: {rate:,.0f}" for rows, rate in rates.items())
+            fastest = max(rates, key=lambda rows: rates[rows], default=0)
+            print(f"  {side.name:<60}{fastest:>3} rows   (tokens/s: {tried})", flush=True)
 
 
-def freeze(case: Case, folder: Path, device: str, rows: int) -> None:
-    """Tokenise the data, and write the config that the rivals read."""
-    directory = folder / f"frozen_{rows}"
-    if directory.exists():
-        return
-    done = subprocess.run(
-        [*_titan(case, directory, folder, device, rows), "training.steps=1"],
-        env=environment() if device == "cpu" else None,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode and not (directory / "config.yaml").exists():
-        raise SystemExit(f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}")
+def _installed(sides: Sequence[Side]) -> list[Side]:
+    return [side for side in sides if side.program != "torchtitan" or find_spec("torchtitan")]
+
+
+def freeze(case: Case, folder: Path, device: str, rows: int) -> Path:
+    """Return the frozen config that the rivals read."""
+    from titan.config.check import check_config
+    from titan.config.load import compose, save_config
+    from titan.launch.environment import current_machine
+
+    path = folder / f"frozen_{rows}" / "config.yaml"
+    if not path.exists():
+        path.parent.mkdir()
+        config = compose(_overrides(case, path.parent, folder, device, rows))
+        save_config(check_config(config, current_machine()), path)
+    return path
 
 
 def run_side(case: Case, side: Side, folder: Path, device: str, rows: int, steps: int) -> Result | None:
@@ -321,7 +336,7 @@ def run_side(case: Case, side: Side, folder: Path, device: str, rows: int, steps
     directory = folder / f"run_{time.monotonic_ns()}"
     if side.program == "titan":
         arguments = [
-            *_titan(case, directory, folder, device, rows),
+            *(*TITAN, *_overrides(case, directory, folder, device, rows)),
             f"training.steps={steps + WARM_UP}",
             f"training.param_dtype={side.dtype}",
             f"activation_checkpoint={side.recompute}",
@@ -330,7 +345,7 @@ def run_side(case: Case, side: Side, folder: Path, device: str, rows: int, steps
         ]
     else:
         run = Run(
-            str(folder / f"frozen_{rows}" / "config.yaml"),
+            str(freeze(case, folder, device, rows)),
             steps + WARM_UP,
             side.compile,
             side.dtype == "bfloat16",
@@ -358,9 +373,9 @@ def run_side(case: Case, side: Side, folder: Path, device: str, rows: int, steps
     return result | {"tokens_per_second": rows * case.seq_len / statistics.median(result["step_seconds"])}
 
 
-def _titan(case: Case, directory: Path, folder: Path, device: str, rows: int) -> list[str]:
+def _overrides(case: Case, directory: Path, folder: Path, device: str, rows: int) -> list[str]:
     return [
-        *(*TITAN, *case.overrides, f"cluster.device={device}", "cluster.devices_per_node=1"),
+        *(*case.overrides, f"cluster.device={device}", "cluster.devices_per_node=1"),
         *(f"training.seq_len={case.seq_len}", f"training.local_batch_size={rows}"),
         *("training.max_grad_norm=1.0", "checkpoint=disabled", "metrics.log_every=1"),
         *(f"run.dir={directory}", f"data.cache_dir={folder}/cache"),

@@ -18,6 +18,10 @@ from torch.autograd.function import once_differentiable
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
+_HALVES = (torch.bfloat16, torch.float16)
+_HAS_MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
+"""Whether CUDA multiplies 16 bits into a sum in float32."""
+
 
 class Linear(nn.Linear):
     """`nn.Linear` without a bias. Its state and its mathematics are the same."""
@@ -61,6 +65,20 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         a: (N, I). b: (O, I). Returns (N, O).
     """
     return _product(a, b) if _HAS_ONEDNN and _is_for_onednn(a, b) else a @ b.t()
+
+
+def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Add a times the transposed b to `total`, in float32 whatever they are in, without a derivative.
+
+    Shape:
+        total: (N, O), float32, changed in place; None begins with the product. a: (N, I). b: (O, I). Returns (N, O).
+    """
+    if not (a.is_cuda and a.dtype in _HALVES and _HAS_MIXED_PRODUCTS):
+        found = product(a, b).float()
+        return found if total is None else total.add_(found)
+    if total is None:
+        return torch.mm(a, b.t(), out_dtype=torch.float32)
+    return torch.ops.aten.addmm.dtype_out(total, a, b.t(), torch.float32, out=total)
 
 
 class _OneDnnLinear(torch.autograd.Function):

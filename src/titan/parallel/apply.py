@@ -55,7 +55,7 @@ def apply_parallelism(
     if model.output is not None:
         has_words = settings.tp == 1 or settings.loss_parallel
         group = mesh.tp.get_group() if settings.tp > 1 and settings.loss_parallel else None
-        size = apply_loss(model, config.training.loss_chunk_size if has_words else 0, group)
+        size = apply_loss(model, config.training.loss_chunk_size if has_words else 0, device.type, group)
         positions = config.training.local_batch_size * config.training.seq_len // settings.cp
         positions //= pipeline_microbatches(config) if settings.pp > 1 else 1
         if 0 < size < positions:

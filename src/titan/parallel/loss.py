@@ -26,20 +26,25 @@ from torch import Tensor, nn
 
 from titan.data.batch import IGNORED_LABEL
 from titan.models.decoder import Decoder
-from titan.models.linear import Linear, product
+from titan.models.linear import Linear, add_product, product
 from titan.parallel.collectives import all_reduce
 
-_LARGEST_LOGITS = 1 << 26
-"""Elements of a chunk's logits, where the config leaves the size of chunks open: 256 MiB in float32."""
+_LARGEST_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 29}
+"""Elements of a chunk's logits, where the config leaves the size of chunks open.
+
+256 MiB in float32 on a CPU, 1 GiB in bfloat16 on CUDA: every chunk adds to a gradient as large as the output's weights,
+and on CUDA small chunks spend more time on that than on their products.
+"""
 
 
-def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None = None) -> int:
+def apply_loss(model: Decoder, chunk_size: int, device_type: str, group: dist.ProcessGroup | None = None) -> int:
     """Let the model's output compute the loss by itself, chunk by chunk, in place. Before FSDP.
 
     Args:
         model: With its output, tensor parallelism applied.
-        chunk_size: Positions of a chunk; -1 chooses by the number of words, 0 takes all positions together, as
-            `cross_entropy_sum` of the logits does.
+        chunk_size: Positions of a chunk at most; -1 chooses by the number of words and the device, 0 takes all
+            positions together, as `cross_entropy_sum` of the logits does.
+        device_type: What will compute.
         group: The ranks that have the other words; None for all words here.
 
     Returns:
@@ -51,15 +56,15 @@ def apply_loss(model: Decoder, chunk_size: int, group: dist.ProcessGroup | None 
         model.loss = _LossOfLogits(group)
         return 0
     output.__class__ = _with_loss(type(output))  # type: ignore[reportAttributeAccessIssue]
-    size = chunk_size if chunk_size > 0 else choose_chunk_size(model.config.vocab_size)
+    size = chunk_size if chunk_size > 0 else choose_chunk_size(model.config.vocab_size, device_type)
     cast(_LossOutput, output).chunk_size, cast(_LossOutput, output).group = size, group
     model.loss = _call_output
     return size
 
 
-def choose_chunk_size(words: int) -> int:
+def choose_chunk_size(words: int, device_type: str) -> int:
     """Return the positions of a chunk where the config leaves them open."""
-    return max(256, _LARGEST_LOGITS // words)
+    return max(256, _LARGEST_LOGITS.get(device_type, _LARGEST_LOGITS["cpu"]) // words)
 
 
 def compile_loss(model: Decoder, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -98,7 +103,8 @@ def chunked_cross_entropy(
         hidden: What is projected.
         weight: One row a word; with `group`, of this rank's words.
         labels: The words to predict; `IGNORED_LABEL` where a position does not count.
-        chunk_size: Positions that are projected together.
+        chunk_size: Positions that are projected together at most; the chunks are as even as can be, so that what is
+            compiled is compiled for one size.
         group: The ranks that have the other words. The result is theirs all; the gradient of `hidden` is this rank's
             part, to be added up.
         differentiate: From a chunk's logits, labels and the group to the loss and its gradient; None for the plain way.
@@ -151,7 +157,14 @@ class _LossOfLogits:
 
 
 def _differentiate(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Return the sum of cross-entropies and its gradient. Shape: (N, V) float32, (N,) -> (), (N, V)."""
+    """Return the sum of cross-entropies and its gradient.
+
+    What is compiled reads the logits and writes the gradient in their own format, and has no float32 of all in between.
+
+    Shape:
+        logits: (N, V), any float dtype; computed in float32. labels: (N,). Returns (), float32, and (N, V) as `logits`.
+    """
+    dtype, logits = logits.dtype, logits.float()
     counts = labels != IGNORED_LABEL
     if group is None:
         local = labels.masked_fill(~counts, 0).unsqueeze(-1)
@@ -171,11 +184,17 @@ def _differentiate(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | No
         sums, target = all_reduce(torch.stack((gradient.sum(-1), target)), group).unbind(0)
         loss = ((sums.log() - target) * counts).sum()
         gradient /= sums.unsqueeze(-1)
+    if (
+        torch.compiler.is_compiling()
+    ):  # which makes one pass of a comparison and what is around it, but not of a scatter
+        words = torch.arange(gradient.shape[-1], device=gradient.device)
+        is_label = words == local if elsewhere is None else (words == local) & ~elsewhere.unsqueeze(-1)
+        return loss, ((gradient - is_label.float()) * counts.unsqueeze(-1)).to(dtype)
     minus_one = torch.full_like(local, -1, dtype=gradient.dtype)
     if elsewhere is not None:
         minus_one.masked_fill_(elsewhere.unsqueeze(-1), 0)
     gradient.scatter_add_(-1, local, minus_one)
-    return loss, gradient.mul_(counts.unsqueeze(-1))
+    return loss, gradient.mul_(counts.unsqueeze(-1)).to(dtype)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -207,17 +226,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight: Tensor | None = None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for first in range(0, len(hidden), chunk_size):
-            chunk = hidden[first : first + chunk_size]
-            loss, gradient = differentiate(product(chunk, weight).float(), labels[first : first + chunk_size], group)
+        chunks = -(-len(hidden) // chunk_size)
+        size = -(-len(hidden) // max(chunks, 1))
+        for first in range(0, len(hidden), size or 1):
+            chunk = hidden[first : first + size]
+            loss, gradient = differentiate(product(chunk, weight), labels[first : first + size], group)
             total += loss
-            gradient = gradient.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[first : first + chunk_size] = product(gradient, weight.t())
-            if needs_weight:
-                # added up in float32, for every chunk rounds
-                found = product(gradient.t(), chunk.t()).float()
-                grad_weight = found if grad_weight is None else grad_weight.add_(found)
+                grad_hidden[first : first + size] = product(gradient, weight.t())
+            if needs_weight and chunks == 1:
+                grad_weight = product(gradient.t(), chunk.t())
+            elif needs_weight:  # added up in float32, for every chunk rounds
+                grad_weight = add_product(grad_weight, gradient.t(), chunk.t())
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.gradients, ctx.is_scaled = (grad_hidden, grad_weight), False
