@@ -171,7 +171,7 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
     job.compile.enable = run.compile
     job.metrics.log_freq = 1_000_000  # the first step is logged whatever it says
     if run.float8:
-        job.model.converters = ["float8"]
+        job.model.converters = ["quantize.linear.float8"]
         job.quantize.linear.float8.enable_fsdp_float8_all_gather = True
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     with tempfile.NamedTemporaryFile() as store:

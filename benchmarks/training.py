@@ -98,7 +98,7 @@ class Case:
     """Measured ones."""
     repeats: int = 3
     fastest_rows: dict[Side, int] = field(default_factory=dict)
-    """The micro-batch of a side, if it is another than `rows`; 0 where none fits."""
+    """The micro-batch of a side, if it is another than `rows`; 0 where none fits. One that does not fit is halved."""
 
     def rows_of(self, side: Side) -> int:
         """Return the rows of a side's micro-batch."""
@@ -138,8 +138,8 @@ CPU = (
 )
 _ON_GPU = tuple(
     Side(program, "bfloat16", compiled, float8, recompute)
-    for compiled, float8 in ((True, False), (True, True), (False, False))
-    for recompute in ("none", "selective")
+    for compiled, recompute in ((True, "none"), (True, "selective"), (False, "none"), (False, "selective"))
+    for float8 in ((False, True) if compiled else (False,))
     for program in ("titan", "torchtitan")
 )
 _GPU_MARKS = tuple(
@@ -150,8 +150,8 @@ _GPU_MARKS = tuple(
     for recompute in ("none", "selective")
 )
 CUDA = (
-    Case("8B cut to 8 layers", ("model=llama3_8b", "model.n_layers=8"), 1, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
-    Case("3.2 1B", ("model=llama3_2_1b", "model.tie_embeddings=false"), 1, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
+    Case("8B cut to 8 layers", ("model=llama3_8b", "model.n_layers=8"), 2, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
+    Case("3.2 1B", ("model=llama3_2_1b", "model.tie_embeddings=false"), 4, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
 )
 _TRIED_ROWS = (1, 2, 4, 8)
 
@@ -198,12 +198,16 @@ def measure(case: Case, device: str, busy: bool, deadline: float) -> Result:
     sides = [side for side in _installed(case.sides) if case.rows_of(side)]
     quiet: dict[Side, list[Result]] = {side: [] for side in sides}
     disturbed: dict[Side, list[Result]] = {side: [] for side in sides}
+    rows = {side: case.rows_of(side) for side in sides}
     with tempfile.TemporaryDirectory() as name:
         for _ in range(case.repeats):
             for side in sides:
                 while time.monotonic() < deadline:
                     others = OtherLoad()
-                    result = run_side(case, side, Path(name), device, case.rows_of(side), case.steps)
+                    result = run_side(case, side, Path(name), device, rows[side], case.steps)
+                    if result is None and device == "cuda" and rows[side] > 1 and not quiet[side]:
+                        rows[side] //= 2  # out of memory
+                        continue
                     if result is None:
                         break
                     result["cores_busy_elsewhere"] = others.cores()
@@ -215,7 +219,6 @@ def measure(case: Case, device: str, busy: bool, deadline: float) -> Result:
                         break
                     if len(disturbed[side]) > MOST_DISTURBED_TURNS:
                         raise SystemExit("FAILED: the machine is too busy to measure")
-    rows = {side: case.rows_of(side) for side in sides}
     return {
         "model": " ".join(case.overrides),
         "seq_len": case.seq_len,

@@ -26,6 +26,7 @@ from typing import Any
 
 import xxhash
 
+from titan import __version__
 from titan.errors import TitanError
 from titan.run_directory import write_synced
 
@@ -166,7 +167,7 @@ def is_inside(name: str) -> bool:
 
 def versions() -> dict[str, str]:
     """Return what a checkpoint or a proof was made with."""
-    return {"titan": version("titan"), "torch": version("torch"), "python": platform.python_version()}
+    return {"titan": __version__, "torch": version("torch"), "python": platform.python_version()}
 
 
 def step_folder(folder: Path, step: int) -> Path:

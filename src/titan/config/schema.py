@@ -278,7 +278,8 @@ class ParallelismConfig:
     tp: int = 1
     """Ranks that share one weight matrix."""
     reshard_after_forward: ReshardAfterForward = ReshardAfterForward.default
-    """Whether FSDP frees gathered weights after the forward pass; default is always, but never with a pipeline."""
+    """Whether FSDP frees gathered weights after the forward pass; default is always, but never with a pipeline or where
+    one rank has them all."""
     cpu_offload: bool = False
     """Keep this rank's shards, their gradients and the optimizer in the CPU's memory; the step is taken there too."""
     sequence_parallel: bool = True

@@ -1,7 +1,8 @@
 """FSDP2: weights, gradients and optimizer states shared out over dp_shard x cp, replicated over dp_replicate.
 
-Applied also at degree 1, so that mixed precision has one code path. Gradients are *summed*, never averaged: the
-loss is already divided by the number of tokens of the whole global batch (`titan.trainer.loss`).
+Applied also at degree 1, so that mixed precision has one code path; what it gathers there is a copy, which is kept from
+forward to backward. Gradients are *summed*, never averaged: the loss is already divided by the number of tokens of the
+whole global batch (`titan.trainer.loss`).
 
 Source:
     ZeRO, https://arxiv.org/abs/1910.02054; PyTorch FSDP, https://arxiv.org/abs/2304.11277.
@@ -45,12 +46,12 @@ def apply_fsdp(
         reduce_dtype: What gradients are summed in.
         reshard_after_forward: Whether gathered weights are freed until the backward pass.
         has_pipeline: Whether forward runs once a microbatch; then "default" keeps weights gathered, because gathering
-            them again for each microbatch would cost more than it saves.
+            them again for each microbatch would cost more than it saves. So it does where one rank has all weights.
         cpu_offload: Whether shards, gradients and with them the optimizer live in the CPU's memory.
     """
     # Inputs are not cast: the rotary angles have to stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    reshard = _frees_blocks(reshard_after_forward, has_pipeline)
+    reshard = _frees_blocks(reshard_after_forward, has_pipeline, mesh.size(-1))
     # Pinned memory is what a GPU fetches from by itself.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
@@ -64,13 +65,14 @@ def apply_fsdp(
         shard(ends, reshard_after_forward=reshard_after_forward is ReshardAfterForward.always)
     shard(model)
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        # A single rank sums by itself; told to divide by 1 it would make a copy more (2.11 to 2.13).
+        if isinstance(module, FSDPModule) and mesh.size() > 1:
             module.set_gradient_divide_factor(1.0)
             # or gloo is asked for a fused multiply-and-sum, which it does not have
             module.set_force_sum_reduction_for_comms(True)
 
 
-def begin_micro_batch(model: Decoder, reshard_after_forward: ReshardAfterForward, is_last: bool) -> None:
+def begin_micro_batch(model: Decoder, reshard_after_forward: ReshardAfterForward, ranks: int, is_last: bool) -> None:
     """Tell FSDP which of a step's micro-batches comes next, so that nothing travels without need between them.
 
     Gradients are summed over the ranks once, in the last one's backward pass. And weights that stay gathered from
@@ -80,12 +82,13 @@ def begin_micro_batch(model: Decoder, reshard_after_forward: ReshardAfterForward
     Args:
         model: Whole, with FSDP applied.
         reshard_after_forward: As it was applied.
+        ranks: How many share out the weights.
         is_last: Whether it is the last.
     """
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last)
-    if not _frees_blocks(reshard_after_forward, has_pipeline=False):
+    if not _frees_blocks(reshard_after_forward, has_pipeline=False, ranks=ranks):
         model.set_reshard_after_backward(is_last)
     elif reshard_after_forward is ReshardAfterForward.default:
         for module in _ends(model):
@@ -93,9 +96,9 @@ def begin_micro_batch(model: Decoder, reshard_after_forward: ReshardAfterForward
             module.set_reshard_after_backward(is_last, recurse=False)
 
 
-def _frees_blocks(reshard_after_forward: ReshardAfterForward, has_pipeline: bool) -> bool:
+def _frees_blocks(reshard_after_forward: ReshardAfterForward, has_pipeline: bool, ranks: int) -> bool:
     return {
-        ReshardAfterForward.default: not has_pipeline,
+        ReshardAfterForward.default: not has_pipeline and ranks > 1,
         ReshardAfterForward.always: True,
         ReshardAfterForward.never: False,
     }[reshard_after_forward]

@@ -13,7 +13,7 @@ Every moment of the steps is one of five, on this rank:
 On a GPU, computing is what runs there, kernels and copies alike, whatever the CPU does meanwhile; communication is
 NCCL's kernels. On a CPU, computing is PyTorch's operators and compiled code on the thread that trains; communication
 is gloo's work, from its start to its end. An operator's time is its own, without that of others that it calls: on a GPU
-that of the kernels it has started, which may overlap.
+that of the kernels it has started, which may overlap; a backward pass starts its own from a thread of its own.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def break_down(events: Sequence[Any], steps: int) -> Breakdown:
     assert len(ranges) == steps, "whole ones"
     thread, whole = ranges[0].thread, union(map(_span, ranges))
     last = whole[-1][1]
-    mine = [event for event in on_cpu if event.thread == thread and not event.is_async and _span(event)[0] < last]
+    all_cpu = [event for event in on_cpu if not event.is_async and _span(event)[0] < last]
+    mine = [event for event in all_cpu if event.thread == thread]
     data = union(_span(event) for event in mine if event.name == DATA)
     on_device = [event for event in events if event.device_type != DeviceType.CPU]
     kernels = [event for event in on_device if not event.is_user_annotation]
@@ -139,7 +140,7 @@ def break_down(events: Sequence[Any], steps: int) -> Breakdown:
         seconds_per_step=total / 1e6 / steps,
         shares=shares | {"other": 1 - sum(shares.values())},
         hidden=length(common(travelling, busy)) / total,
-        operators=_operators(mine, bool(kernels), steps, total),
+        operators=_operators(all_cpu if kernels else mine, bool(kernels), steps, total),
     )
 
 

@@ -81,7 +81,7 @@ def build_model(
 
         def begin(is_last: bool) -> None:
             mark()
-            begin_micro_batch(whole, config.parallelism.reshard_after_forward, is_last)
+            begin_micro_batch(whole, config.parallelism.reshard_after_forward, mesh.storage["fsdp"].size(), is_last)
 
         seams = build_forward_backward(whole, begin), build_evaluate(whole, mark)
         return BuiltModel([whole], *seams, applied, weights_changed)

@@ -51,6 +51,7 @@ class Profile:
                 activities=activities,
                 schedule=lambda _: self._action(self._done + 1),
                 on_trace_ready=self._write_trace,
+                acc_events=True,  # or it warns that the events of a second round would not be there
             )
         elif (config.enable or config.memory_snapshot) and not is_wanted:
             logger.info(
