@@ -358,6 +358,7 @@ def test_the_hardware_rounds_as_its_emulation(record: Callable[..., Record], pac
     emulated = record(1, *overrides, "float8.emulate=true")
     config = layout_config(1, (*overrides, "float8.emulate=true"))
     config.float8.emulate = False
+    torch.cuda.set_device(0)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         found = record_run(config, torch.device("cuda", 0), open_packed(packed_file, config))

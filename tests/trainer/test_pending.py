@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,7 +305,17 @@ def around_steps(first: int, last: int, monkeypatch: pytest.MonkeyPatch, begin: 
     monkeypatch.setattr(loop, "run_step", noting)
 
 
+def raise_where_it_waits() -> None:
+    """Let PyTorch raise where it waits for the device, without its warning that it may not see all of that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+
+
 @pytest.mark.gpu
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute:UserWarning"
+)  # of the compiler's, which hides it but from pytest
 @pytest.mark.parametrize("option", ["compile=none", "compile=inductor", "fault_tolerance.on_spike=skip"])
 def test_on_cuda_nothing_waits_in_steps_that_are_not_logged(
     runs: Runs, on_cuda: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, option: str
@@ -321,7 +332,7 @@ def test_on_cuda_nothing_waits_in_steps_that_are_not_logged(
     monkeypatch.setattr(torch.cuda.Event, "synchronize", counted)
     around_steps(
         *(4, 10, monkeypatch),
-        lambda: torch.cuda.set_sync_debug_mode("error"),
+        raise_where_it_waits,
         lambda: torch.cuda.set_sync_debug_mode("default"),
     )
     if "skip" in option:
@@ -337,11 +348,13 @@ def test_on_cuda_nothing_waits_in_steps_that_are_not_logged(
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_are_the_same_run(runs: Runs, on_cuda: Callable[..., Trainer], text_file: Path) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_cuda_graphs_are_the_same_run(runs: Runs, on_cuda: Callable[..., Trainer], tmp_path: Path) -> None:
     """Losses and validation losses with compile.mode=reduce_overhead are those without graphs."""
-    rows = {}
+    held_out, rows = tmp_path / "held_out.txt", {}
+    held_out.write_text("the quick brown dogs jump over lazy foxes\n" * 40)
     for mode in ("default", "reduce_overhead"):
-        validated = ("validation=text", f"validation.data.path={text_file}", "validation.interval=6")
+        validated = ("validation=text", f"validation.data.path={held_out}", "validation.interval=6")
         trainer = on_cuda(mode, "compile=inductor", f"compile.mode={mode}", "metrics.log_every=1", *validated)
         runs.fit(trainer)
         rows[mode] = [row.get("loss") or row["validation_loss"] for row in json_lines(trainer.directory.metrics)]
@@ -356,7 +369,7 @@ def test_on_cuda_the_driver_is_not_told_to_wait(
     """By the profiler's account of the driver's calls: between two logged steps none waits for the device."""
     trainer = on_cuda("run")
     profiler = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA], acc_events=True
     )
 
     def end() -> None:

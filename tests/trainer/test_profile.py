@@ -110,14 +110,16 @@ def test_a_gpus_moments_are_those_of_its_kernels() -> None:
         Event("sm90_gemm", 20, 120, device_type=cuda),
         Event("ncclDevKernel_AllGather_RING_LL", 110, 150, device_type=cuda),
         annotation(OPTIMIZER, 36, 40),
-        annotation(OPTIMIZER, 160, 180, cuda),
+        Event("aten::mm", 60, 65, thread=7, self_device_time_total=20),  # a backward pass
+        annotation(OPTIMIZER, 160, 165, cuda),
+        annotation("Optimizer.step#AdamW.step", 165, 180, cuda),
         Event("multi_tensor_apply_kernel", 160, 180, device_type=cuda),
     ]
     found = break_down(events, 2)
     expected = {"compute": 0.5, "communication": 0.15, "data": 0.1, "optimizer": 0.1, "other": 0.15}
     assert found.shares == pytest.approx(expected)
     assert found.hidden == pytest.approx(0.05)
-    assert [(row.name, row.share) for row in found.operators] == [("aten::mm", 0.5)]
+    assert [(row.name, row.share) for row in found.operators] == [("aten::mm", 0.6)]
 
 
 def test_intervals_are_sets_of_moments() -> None:

@@ -39,6 +39,11 @@ class Kernel:
     is_flex: bool = False
     """Whether documents are kept apart by FlexAttention."""
 
+    @property
+    def takes_groups(self) -> bool:
+        """Whether fewer heads of keys than of queries can be left to the first of them."""
+        return self.backends[:1] != (SDPBackend.EFFICIENT_ATTENTION,)
+
 
 ANY = Kernel()
 
@@ -60,7 +65,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None, kern
             # last.
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)[0]
         visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    if heads != kv_heads and (q.device.type == "cpu" or q.dtype is torch.float32 or visible is not None):
+    takes_groups = q.is_cuda and q.dtype is not torch.float32 and visible is None and kernel.takes_groups
+    if heads != kv_heads and not takes_groups:
         # The kernels that are left take no grouped heads; PyTorch would fall back to materialising the scores.
         k, v = k.repeat_interleave(heads // kv_heads, 1), v.repeat_interleave(heads // kv_heads, 1)
     # Around the call and not around the model, so that a block that is compiled or computed again takes the same.

@@ -29,6 +29,7 @@ DATA, OPTIMIZER = "titan data", "titan optimizer"
 """The ranges that the trainer marks with `torch.profiler.record_function`."""
 
 _STEP = "ProfilerStep"
+_STEP_OF_OPTIMIZER = "Optimizer.step#"
 _COMPILED = ("## Call CompiledFxGraph", "Torch-Compiled Region")
 _NO_COMPUTE = (
     "autograd::",
@@ -118,8 +119,10 @@ def break_down(events: Sequence[Any], steps: int) -> Breakdown:
         is_collective = [event.name.startswith("nccl") for event in kernels]
         busy = union(_span(event) for event, its in zip(kernels, is_collective, strict=True) if not its)
         travelling = union(_span(event) for event, its in zip(kernels, is_collective, strict=True) if its)
-        # the profiler draws a range a second time on the GPU, around the kernels that were started in it
-        updating = union(_span(event) for event in on_device if event.is_user_annotation and event.name == OPTIMIZER)
+        # the profiler draws a range a second time on the GPU, around the kernels that were started in it and in none
+        # within it, such as the optimizer's own
+        marked = [event for event in on_device if event.is_user_annotation]
+        updating = union(_span(event) for event in marked if event.name.startswith((OPTIMIZER, _STEP_OF_OPTIMIZER)))
         data = without(data, busy)
     else:
         travelling = union(_span(event) for event in on_cpu if event.name.startswith(_COLLECTIVES))
