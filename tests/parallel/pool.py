@@ -20,8 +20,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 JOBS_OF_A_PROCESS = 20
-"""A run has a process to itself; PyTorch keeps things of earlier ones that no call ends: the flight recorder has the last
-2000 exchanges with all code that led to them (2.13)."""
+"""A run has a process to itself. PyTorch keeps things of earlier ones that no call ends: the flight recorder has the
+last 2000 exchanges with all the code that led to them (2.13)."""
 
 
 class RankPool:
@@ -80,8 +80,10 @@ class RankPool:
         self.processes, self.pipes, self.jobs = [], [], 0
 
     def _deaths(self) -> list[str]:
-        """Return which ranks have died, and how: where one dies, another may be the first to tell, of its own trouble."""
-        wait([process.sentinel for process in self.processes], 1)
+        """Return which ranks have died, and how: where one dies, another may be first to report that it is gone."""
+        ended = wait([process.sentinel for process in self.processes], 1)
+        for process in self.processes:
+            process.join(10 if process.sentinel in ended else 0)  # it closes its files a moment before it has a code
         codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
         return [
             f"rank {rank} died of {signal.Signals(-code).name}" if code < 0 else f"rank {rank} ended with code {code}"
