@@ -1,12 +1,16 @@
 """Ranks that stay alive between tests: importing torch in four processes takes longer than most tests do.
 
-Each job gets a process group of its own over gloo and leaves none behind.
+Each job gets a process group of its own over gloo and leaves none behind. What PyTorch keeps beyond that is bounded:
+ranks are replaced after some jobs. One that dies says where it was, in Python and in native code, on the standard error
+that pytest shows with the failed test.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -14,6 +18,10 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
+
+JOBS_OF_A_PROCESS = 20
+"""A run has a process to itself. PyTorch keeps things of earlier ones that no call ends: the flight recorder has the
+last 2000 exchanges with all the code that led to them (2.13)."""
 
 
 class RankPool:
@@ -26,16 +34,21 @@ class RankPool:
         self.world_size = world_size
         self.pipes: list[Any] = []
         self.processes: list[Any] = []
+        self.jobs = 0
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
         """Run a function on every rank, inside a process group; returns what each rank returned.
 
         Raises:
-            AssertionError: With the traceback of the first rank that raised, or if a rank did not answer in time. The
-                ranks are then ended, since others may hang in a collective, and started anew for the next function.
+            AssertionError: With the traceback of the first rank that raised, or if a rank died or did not answer in
+                time. The ranks are then ended, since others may hang in a collective, and started anew for the next
+                function.
         """
+        if self.jobs == JOBS_OF_A_PROCESS:
+            self.close()
         if not self.processes:
             self._start()
+        self.jobs += 1
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self.pipes:
                 pipe.send((function, arguments, f"{folder}/store"))
@@ -49,10 +62,11 @@ class RankPool:
                     try:
                         succeeded, answers[rank] = pipe.recv()
                     except EOFError:
-                        succeeded, answers[rank] = False, f"rank {rank} died"
+                        succeeded, answers[rank] = False, f"rank {rank} is gone"
                     if not succeeded:
+                        deaths = self._deaths()
                         self.close()
-                        raise AssertionError(answers[rank])
+                        raise AssertionError("\n".join([answers[rank], *deaths]))
                 if not ready:
                     self.close()
                     raise AssertionError(f"ranks {set(range(self.world_size)) - set(answers)} hang")
@@ -63,7 +77,19 @@ class RankPool:
         for process in self.processes:
             process.kill()
             process.join()
-        self.processes, self.pipes = [], []
+        self.processes, self.pipes, self.jobs = [], [], 0
+
+    def _deaths(self) -> list[str]:
+        """Return which ranks have died, and how: where one dies, another may be first to report that it is gone."""
+        ended = wait([process.sentinel for process in self.processes], 1)
+        for process in self.processes:
+            process.join(10 if process.sentinel in ended else 0)  # it closes its files a moment before it has a code
+        codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
+        return [
+            f"rank {rank} died of {signal.Signals(-code).name}" if code < 0 else f"rank {rank} ended with code {code}"
+            for rank, code in codes.items()
+            if code is not None
+        ]
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -89,6 +115,8 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     from titan.parallel.mesh import leave_process_group
 
     torch.set_num_threads(1)
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # native ones, of all threads
+    faulthandler.enable()  # Python's; after the others, so that these are written first
     while True:
         try:
             function, arguments, store = pipe.recv()
@@ -99,9 +127,9 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
             try:
                 answer = (True, function(*arguments))
             finally:
-                leave_process_group()
                 if "torch._dynamo" in sys.modules:  # or the layouts of many tests would count as one program's
                     torch._dynamo.reset()
+                leave_process_group()
         except BaseException:
             answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(answer)

@@ -15,8 +15,11 @@ deprecated since 2.11.)
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -90,15 +93,27 @@ def build_mesh(parallelism: ParallelismConfig, device_type: str) -> Mesh:
 
 
 def leave_process_group() -> None:
-    """End the default process group so that this process can start another.
+    """End the default process group and all others, so that this process can start new ones.
 
-    DTensor's caches hold meshes of the old one, and take a new one of the same shape for it (2.13).
+    PyTorch only forgets a gloo group: its threads and connections end with the last reference to it (2.13). DTensor's
+    caches hold meshes, and take an old one for a new one of the same shape; what else refers to it lies in cycles. Left
+    to chance, each rank would close old connections at a moment of its own, in the middle of what new groups do.
     """
     dist.destroy_process_group()
     debug._clear_sharding_prop_cache()
-    for cached in vars(_redistribute).values():
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
+    getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()  # new in 2.13
+    for cache in _caches_of_dtensor():
+        cache.cache_clear()
+    gc.collect()
+
+
+def _caches_of_dtensor() -> list[Any]:
+    """Return what `functools.cache` made; there is no list of them, and some are attributes or in closures."""
+    return [
+        found
+        for found in gc.get_objects()
+        if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("torch.distributed.tensor")
+    ]
 
 
 def _middle_group(device_type: str, size: int, inner: int) -> dist.ProcessGroup:
