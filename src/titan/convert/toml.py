@@ -96,6 +96,9 @@ class Translation:
 
     def _of_ranks(self) -> Iterator[str]:
         ranks = "1 rank" if self.ranks == 1 else f"{self.ranks} ranks"
+        if self.refusal is not None:
+            yield f"refused for {ranks}: see the end"
+            return
         yield f"checked for {ranks}. Neither program has their number in its config: titan takes all GPUs of a machine,"
         yield "the ranks that torchrun in front of it has started, or cluster=slurm cluster.nodes=N"
 
@@ -119,6 +122,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], list[str]]:
     except tomllib.TOMLDecodeError as error:
         raise CommandError(f"{path} is not TOML: {error}") from error
     values, renamed, problems = {}, [], []
+    spelled: dict[str, str] = {}
     for written, value in _leaves(tables):
         name = RENAMED.get(written, written)
         if name in IGNORED:
@@ -132,9 +136,9 @@ def read_toml(path: Path) -> tuple[dict[str, Any], list[str]]:
         value = _repair(option, value)
         if not option.accepts(value):
             problems.append(_wrong_kind(option, value))
-        elif name in values:
-            problems.append(Problem(f"{written} and {name} are the same option", suggestion=f"{name} alone"))
-        values[name] = value
+        elif name in spelled:
+            problems.append(Problem(f"{spelled[name]} and {written} are the same option", suggestion=f"{name} alone"))
+        values[name], spelled[name] = value, written
     if problems:
         raise CommandError(_listed(problems, path))
     return values, renamed
