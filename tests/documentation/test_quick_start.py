@@ -44,7 +44,7 @@ def test_a_new_user_follows_the_page(here: Path, cache: Path) -> None:
         assert watched.returncode == 0, command.text
         assert watched.stdout
     status = json.loads((here / "runs" / "first" / "status.json").read_text())
-    assert status["status"] == ("complete" if stopped.code == 0 else "preempted")
+    assert status["state"] == ("complete" if stopped.code == 0 else "preempted")
 
     resumed = finish(start(typed, here, environment))
     assert resumed.code == 0, resumed.text
