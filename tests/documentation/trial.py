@@ -153,10 +153,8 @@ def try_composing(overrides: tuple[str, ...]) -> None:
 
 def try_overrides(overrides: tuple[str, ...], started_ranks: int | None = None) -> None:
     """Compose what a command says, one point of it if it sweeps, and apply every rule."""
-    overrides = tuple(
-        text for text in overrides if not re.search(r"=(\.\.\.|[A-Z]+)$", text) and text != "group=option"
-    )
-    texts = tuple(_one_point(text) for text in overrides if not text.startswith("hydra") and "group" not in text)
+    is_open = re.compile(r"=(\.\.\.|N)$|^hydra|\bgroup[.=]")
+    texts = tuple(_one_point(text) for text in overrides if not is_open.search(text))
     machine = Machine(
         gpus=8,
         has_bfloat16=True,
