@@ -57,3 +57,4 @@ def test_the_site_fetches_nothing() -> None:
     assert "mkdocs build --strict" in (REPOSITORY / "Makefile").read_text()
     for page in (REPOSITORY / "docs").glob("*.md"):
         assert re.findall(r"<(?:script|link|img|iframe)\b", page.read_text()) == [], page.name
+        assert "```mermaid" not in page.read_text(), "the theme would fetch a script to draw it"

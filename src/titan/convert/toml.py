@@ -9,6 +9,7 @@ printed. What is printed is composed and held against titan's rules before anyon
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import shlex
 import tomllib
@@ -213,7 +214,7 @@ def _check(texts: list[str], ranks: int) -> tuple[TitanConfig | None, list[str],
     try:
         config = compose(texts)
         trial, absent = _without_absent_files(config)
-        machine = Machine(gpus=8, has_bfloat16=True, started_ranks=ranks, started_ranks_per_node=min(8, ranks))
+        machine = Machine(gpus=8, has_bfloat16=True, started_ranks=ranks, started_ranks_per_node=math.gcd(8, ranks))
         check_config(trial, machine)
     except ConfigError as error:
         return None, [], error

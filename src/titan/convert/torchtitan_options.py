@@ -184,7 +184,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("parallelism.pipeline_parallel_schedule_csv", "", ("parallelism.pp_schedule_csv",), rule=rules.csv,
         kinds=_NULL_OR_TEXT),
     Option("parallelism.pipeline_parallel_microbatch_size", 1, ("parallelism.pp_microbatches",), rule=rules.microbatch,
-        matters=rules.has_pp,
+        matters=rules.has_larger_pieces,
         note="titan says into how many pieces a micro-batch is cut, TorchTitan how large a piece is"),
     _none("parallelism.pipeline_parallel_expert_parallel_overlap", True, _MOE),
     _same("parallelism.context_parallel_degree", 1, "parallelism.cp"),

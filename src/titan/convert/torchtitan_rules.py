@@ -147,7 +147,8 @@ def dataset(value: str, given: Given) -> Overrides:
         where = {"data": "c4"} if path is None else {"data": "huggingface", "data.dataset": path, "data.subset": "en"}
         return {**where, "data.streaming": True}
     raise NoEquivalent(
-        f"{value} is a dataset of your own code: choose data=huggingface data.dataset=..., data=jsonl ..."
+        f"{value} is a dataset of your own code: add data=huggingface data.dataset=..., data=jsonl data.path=... or "
+        "another; as it stands, the command trains on titan's default, the source of Python's standard library"
     )
 
 
@@ -165,7 +166,7 @@ def validation(value: bool, given: Given) -> Overrides:
         return {"validation": "huggingface", **where, **common}
     if name.lower() == "c4_test":
         return {"validation": "jsonl", "validation.data.path": path or _C4_TEST, **common}
-    raise NoEquivalent(f"{name} is a dataset of your own code: choose validation=huggingface, validation=jsonl ...")
+    raise NoEquivalent(f"{name} is a dataset of your own code: add validation=huggingface, validation=jsonl ...")
 
 
 def validation_seq_len(value: int, given: Given) -> Overrides:
@@ -450,6 +451,6 @@ def has_cp(value: Any, given: Given) -> bool:
     return given["parallelism.context_parallel_degree"] > 1
 
 
-def has_pp(value: Any, given: Given) -> bool:
-    """Matter where there is a pipeline."""
-    return given["parallelism.pipeline_parallel_degree"] > 1
+def has_larger_pieces(value: Any, given: Given) -> bool:
+    """Matter where a pipeline's pieces have more than one row."""
+    return given["parallelism.pipeline_parallel_degree"] > 1 and value != 1
