@@ -8,6 +8,7 @@ other programs are told is looked at as far as titan knows it: a target of the M
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib
 import importlib.util
@@ -22,11 +23,15 @@ from unittest import mock
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tests.support.command import REPOSITORY
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
+from titan.config.keys import schema_keys
+from titan.config.load import compose, compose_untyped, to_typed
 from titan.config.schema import DataKind, SourceConfig, TitanConfig, TokenizerConfig, TokenizerKind
 from titan.errors import ConfigError
 
@@ -172,7 +177,27 @@ def try_overrides(overrides: tuple[str, ...], started_ranks: int | None = None) 
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> TitanConfig:
-    return compose(overrides)
+    """Compose; commands that choose the same options share the composition, to which their values are then applied."""
+    parser = OverridesParser.create()
+    try:
+        values = {text: parser.parse_override(text) for text in overrides}
+        plain = {text for text, override in values.items() if _sets_a_value(override)}
+        composed = copy.deepcopy(_chosen(tuple(text for text in overrides if text not in plain)))
+        for text in plain:
+            OmegaConf.update(composed, values[text].key_or_group, values[text].value(), merge=True)
+        return to_typed(composed)
+    except (HydraException, OmegaConfBaseException, ConfigError):
+        return compose(overrides)  # which says what is wrong
+
+
+@functools.cache
+def _chosen(choices: tuple[str, ...]) -> DictConfig:
+    return compose_untyped(choices)
+
+
+def _sets_a_value(override: Override) -> bool:
+    key = schema_keys().get(override.key_or_group)
+    return key is not None and not key.is_node and override.type is OverrideType.CHANGE
 
 
 def _one_point(text: str) -> str:
