@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: train test test-slow test-slurm test-faults reliability check format clean
+.PHONY: train test test-slow test-slurm test-faults reliability check docs format clean
 
 train: $(INSTALLED)
 	$(BIN)/python -m titan.train
@@ -31,11 +31,15 @@ test-faults: $(INSTALLED)
 reliability: $(INSTALLED)
 	$(BIN)/python benchmarks/reliability.py
 
-check: $(INSTALLED)
+check: $(INSTALLED) docs
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
+
+# The pages of docs/ as a site, in build/site; a link that leads nowhere is an error. Fetches nothing.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)
 	$(BIN)/ruff format

@@ -167,7 +167,7 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
     job.optimizer.beta1, job.optimizer.beta2 = settings.beta1, settings.beta2
     job.optimizer.implementation = "fused"
     job.lr_scheduler.warmup_steps = 0
-    job.activation_checkpoint.mode = run.recompute
+    job.activation_checkpoint.mode = run.recompute  # type: ignore[reportAttributeAccessIssue]
     job.compile.enable = run.compile
     job.metrics.log_freq = 1_000_000  # the first step is logged whatever it says
     if run.float8:
@@ -194,7 +194,7 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
             losses.append(loss.detach())
             return loss
 
-        trainer.train_step, trainer.forward_backward_step = timed, kept
+        trainer.train_step, trainer.forward_backward_step = timed, kept  # type: ignore[reportAttributeAccessIssue]
         trainer.train()
         parameters = sum(parameter.numel() for part in trainer.model_parts for parameter in part.parameters())
         device = trainer.device

@@ -1,10 +1,11 @@
-"""The command for weights: `python -m titan.convert import | export | inspect | verify | diff`.
+"""The command for what others made: `python -m titan.convert import | export | inspect | verify | diff | toml`.
 
 import   Hugging Face folder, Meta folder or torch.save file -> titan checkpoint
 export   titan checkpoint -> Hugging Face folder or torch.save file
 inspect  what is in any of them
 verify   a checkpoint's files against their checksums, or those of every checkpoint of a run
 diff     two of any format, tensor by tensor
+toml     a TorchTitan config -> the command line of titan that trains the same
 
 Exit codes: 0 done; 1 different, damaged, or what was written does not agree with its source (and was removed); 2 the
 command is wrong; 66 no usable weights; 73 the disk cannot be written. Nothing in a file is ever executed.
@@ -78,6 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
         default=0.0,
         metavar="SHARE",
         help="differences that do not count, as a share of a tensor's largest number; formats then do not count either",
+    )
+    command = _add(
+        commands, "toml", _toml, "Say a TorchTitan config (TOML, version 0.2.2) as a titan.train command line."
+    )
+    command.add_argument("file", type=Path, metavar="FILE", help="such as train_configs/llama3_8b.toml")
+    command.add_argument(
+        "--ranks",
+        type=_count,
+        metavar="N",
+        help="GPUs that it is for (default: the smallest number that its degrees and its batch allow)",
     )
     return parser
 
@@ -198,6 +209,17 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0 if found.is_same else 1
 
 
+def _toml(arguments: argparse.Namespace) -> int:
+    from titan.convert.toml import translate
+
+    translation = translate(arguments.file, arguments.ranks)
+    for line in translation.lines():
+        _say(line)
+    if translation.refusal is not None:
+        raise translation.refusal
+    return 0
+
+
 def _compose_model(overrides: list[str]) -> ModelConfig:
     from titan.config.load import compose
 
@@ -220,6 +242,12 @@ def _bytes(text: str) -> int:
     if not match or not int(match.group(1)):
         raise argparse.ArgumentTypeError(f"{text} is no size such as 500MB or 2GiB")
     return int(match.group(1)) * _UNITS[match.group(2) or ""]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of GPUs")
+    return int(text)
 
 
 def _share(text: str) -> float:
