@@ -1,10 +1,10 @@
 """Where the numbers go: one small interface, metrics.jsonl and the console behind it, and others beside them.
 
 One rank writes, and no sink can stop a run: each is in a `Guarded`, which takes whatever goes wrong in it for a reason
-to go on without it, and says so once. metrics.jsonl is the record; what others have been sent can be made from it again.
+to go on without it, and says so once. metrics.jsonl is the record, from which the others could be made again.
 
-The trap is time that goes back. A run that resumes, or goes back after a spike, hands over steps that it has handed over
-before, so every sink has to know `rewind`.
+The trap is time that goes back. A run that resumes, or goes back after a spike, hands over steps that it has handed
+over before, so every sink has to know `rewind`.
 """
 
 from __future__ import annotations
