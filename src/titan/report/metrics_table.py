@@ -173,9 +173,7 @@ def describe_no_run(path: Path) -> str:
         return f"{shown} is empty: no run has written there\n  Try  python -m titan.train run.dir={shown}"
     deeper = [run for child in sorted(path.iterdir()) if child.is_dir() for run in points_of(child)]
     if deeper:
-        return (
-            f"{shown} holds runs, but further down\n  Try  {short_path(deeper[-1].path)}   one of {len(deeper)} runs"
-        )
+        return f"{shown} holds runs, but further down\n  Try  {short_path(deeper[-1].path)}   one of {len(deeper)} runs"
     if (path / "config.yaml").is_file():
         return f"{shown} has a config, but its run has not started\n  Try  again when it has"
     names = sorted(each.name for each in path.iterdir())
