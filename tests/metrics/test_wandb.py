@@ -71,6 +71,7 @@ def test_a_run_and_its_resumption_are_one_run_there(tmp_path: Path, cache: Path,
     ] * 2
     config = {item.key: json.loads(item.value_json) for item in started[0].config.update}
     assert config["training"]["seq_len"] == 32
+    assert config["model"]["norm_eps"] == 1e-5, "a number, not a text"
     assert config["metrics"]["wandb"]["mode"] == "offline"
     sent = [(row["_step"], row["train/loss"]) for part in parts for row in rows(part)]
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -94,7 +95,7 @@ def test_a_server_that_does_not_answer_stops_no_run(tmp_path: Path, cache: Path,
 
 
 @pytest.mark.parametrize("by", ["environment", "netrc", "nothing"])
-def test_a_key_is_found_where_the_library_looks_for_it(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_found_where_the_library_looks(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """WANDB_API_KEY, or the netrc file that `wandb login` writes; else there is none."""
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)

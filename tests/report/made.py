@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -9,6 +10,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
 
 from titan.config.check import check_config
 from titan.config.degrees import Machine
@@ -49,6 +53,12 @@ def training_row(step: int, seconds: float, **values: Any) -> dict[str, Any]:
     return row | values
 
 
+@functools.cache
+def _frozen() -> str:
+    """Return a frozen config, which takes a while to make."""
+    return config_text(check_config(compose(["run.dir=unsaid", "model=llama3_8b"]), Machine(gpus=1)))
+
+
 def write_run(
     folder: Path,
     rows: Sequence[dict[str, Any]],
@@ -60,9 +70,10 @@ def write_run(
 ) -> Path:
     """Write a run directory."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = compose([f"run.dir={folder}", "model=llama3_8b", *overrides])
-    config.training.global_batch_size = 64
-    (folder / "config.yaml").write_text(config_text(check_config(config, Machine(gpus=1))))
+    config = OmegaConf.create(_frozen())
+    for key, _, value in (each.partition("=") for each in (f"run.dir={folder}", *overrides)):
+        OmegaConf.update(config, key, value if key == "run.dir" else yaml.safe_load(value))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(config))
     write_lines(folder / "metrics.jsonl", rows)
     write_lines(folder / "events.jsonl", events)
     if samples:
@@ -91,7 +102,7 @@ def eventful_run(folder: Path, steps: int = 600) -> Path:
             rows.append(training_row(step, clock, **waited))
             if is_saved:
                 events.append({"time": at(clock), "event": "save", "step": step, "seconds": 6.0, "waited_seconds": 4.0})
-                clock += 9.0
+                clock += 8.5
                 rows.append(
                     {
                         "step": step,

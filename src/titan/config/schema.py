@@ -614,7 +614,7 @@ class FaultToleranceConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases. Its key comes from WANDB_API_KEY or `wandb login`, never from here, for this is written down."""
+    """Weights & Biases. Its key comes from WANDB_API_KEY or `wandb login`, never from here: this is written down."""
 
     enable: bool = False
     """Send the numbers, the whole config and the machine's own figures."""

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-import yaml
 
-from titan.config.load import config_text
+from titan.config.load import plain_config
 from titan.config.schema import TitanConfig, WandbMode
 from titan.config.tracking import has_wandb_key
 from titan.log import logger
@@ -54,7 +53,7 @@ class WeightsAndBiases:
             resume="allow",
             mode=settings.mode.value,
             dir=str(directory.path),
-            config=yaml.safe_load(config_text(config)),
+            config=plain_config(config),
             save_code=False,
             settings=_limits(),
         )

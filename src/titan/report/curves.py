@@ -6,6 +6,7 @@ so of each stretch of rows the smallest and the largest value stay, where they w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ _MOST_POINTS = 600
 _PAGE_POINTS = 6000
 """Of one metric over all runs of a page, which keeps it small."""
 _LEAST_POINTS = 60
+_MEANS = 40
+_LEAST_ROWS = 80
+"""Of fewer the second half is easily seen as it is."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,19 @@ def _causal_mfu(run: Run) -> Points:
     return ([], []) if share is None else collect(run.training.rows, "mfu", 100 * share)
 
 
+def _recent_loss(run: Run) -> Points:
+    """Return the means of the losses of the second half, in which curves that lie close can be told apart."""
+    steps, values = collect(run.training.rows, "loss", 1.0)
+    if len(steps) < _LEAST_ROWS:
+        return [], []
+    middle = steps[0] + (steps[-1] - steps[0]) / 2
+    first = next(index for index, step in enumerate(steps) if step >= middle)
+    return average((steps[first:], values[first:]), _MEANS)
+
+
 METRICS = (
     Metric("loss", "Training loss", "nats a token", _column("loss")),
+    Metric("recent_loss", "Training loss, second half", "nats a token, means", _recent_loss),
     Metric("validation_loss", "Validation loss", "nats a token", _validation("validation_loss"), has_marks=True),
     Metric("grad_norm", "Gradient norm", "before clipping", _column("grad_norm")),
     Metric("learning_rate", "Learning rate", "", _column("learning_rate"), starts_at_zero=True),
@@ -72,6 +87,18 @@ def collect(rows: Sequence[dict[str, Any]], name: str, factor: float) -> Points:
             steps.append(row["step"])
             values.append(value if factor == 1.0 else value * factor)
     return steps, values
+
+
+def average(points: Points, most: int) -> Points:
+    """Return the means of at most so many stretches, each at its middle step."""
+    steps, values = points
+    count = min(most, len(steps))
+    cuts = [index * len(steps) // count for index in range(count + 1)]
+    stretches = list(itertools.pairwise(cuts))
+    return (
+        [steps[(start + end) // 2] for start, end in stretches],
+        [math.fsum(values[start:end]) / (end - start) for start, end in stretches],
+    )
 
 
 def thin(points: Points, most: int) -> Points:

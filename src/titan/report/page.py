@@ -109,7 +109,7 @@ def _value(value: object) -> str:
 
 def _subtitle(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
-        return f"{len(runs)} runs, colours in their order."
+        return f"{len(runs)} runs."
     run = runs[0]
     model = run.config.get("model.name")
     return f"Model {_text(model)}, {_text(run.state)}." if model else f"{_text(run.state).capitalize()}."

@@ -17,6 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 10, 8, 40
 _LOG_RANGE = 30.0
 """A curve of positive values whose largest is so many times its median is drawn over a logarithmic axis."""
 _MOST_MARKS = 60
+_MANY = 6
+"""More curves than this are drawn finer."""
 
 
 class Axis:
@@ -71,7 +73,7 @@ def format_number(value: float) -> str:
     if size == 0:
         return "0"
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if size >= unit * 0.9995:
+        if size >= unit:
             return f"{_short(value / unit)}{name}"
     if size < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
@@ -95,9 +97,9 @@ def draw(metric: Metric, curves: Sequence[Points], names: Sequence[str]) -> str:
     steps = [step for curve in curves for step in curve[0]]
     x, y = _x_axis(steps), _y_axis(metric, [value for curve in curves for value in curve[1]])
     unit = f" ({metric.unit}{', logarithmic' if y.is_log else ''})" if metric.unit or y.is_log else ""
-    title = f"{metric.title}{unit}"
+    title, kind = f"{metric.title}{unit}", "plot many" if len(curves) > _MANY else "plot"
     parts = [
-        f'<figure class="plot" data-metric="{escape(metric.key)}" data-x="{x.low},{x.high}">',
+        f'<figure class="{kind}" data-metric="{escape(metric.key)}" data-x="{x.low},{x.high}">',
         f"<figcaption>{escape(metric.title)} <small>{escape(unit.strip())}</small></figcaption>",
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over steps">',
         *_grid(x, y),
@@ -136,7 +138,7 @@ def _y_axis(metric: Metric, values: list[float]) -> Axis:
 
 def _grid(x: Axis, y: Axis) -> list[str]:
     parts = []
-    for tick in y.ticks(4):
+    for tick in y.ticks(5):
         at = f"{y.at(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{at}" dy=".35em" text-anchor="end">{format_number(tick)}</text>')

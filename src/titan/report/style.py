@@ -27,7 +27,8 @@ small,.soft,.note{color:var(--soft)}.note{font-size:13px;margin:4px 0;max-width:
 .plot figcaption small{font-weight:400}
 svg{display:block;width:100%;height:auto;overflow:hidden}svg text{fill:var(--soft);font-size:11.5px}
 .grid{stroke:var(--line);stroke-width:1}.axis{stroke:var(--soft);stroke-width:1}
-.line{fill:none;stroke-width:1.4;stroke-linejoin:round}.dash{stroke-dasharray:5 3}
+.line{fill:none;stroke-width:1.4;stroke-linejoin:round}.many .line{stroke-width:1;opacity:.85}
+.dash{stroke-dasharray:5 3}
 .cursor{stroke:var(--soft);stroke-width:1;visibility:hidden}
 .tip{position:absolute;z-index:1;pointer-events:none;background:var(--bg);border:1px solid var(--line);
 border-radius:5px;padding:4px 8px;font-size:12px;line-height:1.35;white-space:nowrap;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from titan.metrics.sinks import format_seconds
@@ -25,12 +26,9 @@ def describe(runs: Sequence[Run], now: float, width: int) -> Iterator[str]:
     """
     goodputs = [account(run, now) for run in runs]
     figures = [figures_of(run, goodput) for run, goodput in zip(runs, goodputs, strict=True)]
-    for notice in notices(runs):
-        yield f"! {notice}"
-    if len(runs) > 1:
-        yield from _table(runs, figures)
-        return
-    yield from _one(runs[0], figures[0], goodputs[0], width)
+    lines = _one(runs[0], figures[0], goodputs[0], width) if len(runs) == 1 else _table(runs, figures)
+    for line in itertools.chain((f"! {notice}" for notice in notices(runs)), lines):
+        yield printable(line)
 
 
 def _one(run: Run, figures: Figures, goodput: Goodput | None, width: int) -> Iterator[str]:
@@ -48,7 +46,7 @@ def _one(run: Run, figures: Figures, goodput: Goodput | None, width: int) -> Ite
     yield f"events: {count_events(run)}"
     for event in faults_of(run)[-_MOST_EVENTS:]:
         line = f"  {str(event.get('time', ''))[:19].replace('T', ' ')}  {event.get('event')}  {describe_event(event)}"
-        yield printable(line)[:width]
+        yield line[:width]
 
 
 def _curve(title: str, unit: str, points: Points, width: int) -> str:
@@ -98,7 +96,7 @@ def _table(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
     kept = [column for column in zip(*rows, strict=True) if any(cell != "-" for cell in column[1:])]
     widths = [max(map(len, column)) for column in kept]
     for row in zip(*kept, strict=True):
-        yield printable("  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip())
+        yield "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
 
 
 def printable(text: str) -> str:
