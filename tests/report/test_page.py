@@ -108,7 +108,7 @@ def test_a_sweep_is_sorted_by_its_last_loss_and_shows_what_varies(
     assert path.stat().st_size < 3_000_000
     page = read_page(path)
     head, *lines = page.tables[0]
-    assert head[:4] == ["run", "optimizer.lr", "lr_scheduler.warmup_steps", "last loss"]
+    assert head[:4] == ["run", "last loss", "optimizer.lr", "lr_scheduler.warmup_steps"]
     assert "training.seed" not in head
     losses = []
     for point in range(20):

@@ -55,7 +55,7 @@ class WeightsAndBiases:
             dir=str(directory.path),
             config=plain_config(config),
             save_code=False,
-            settings=_limits(),
+            settings=_limits(config.cluster.grace_seconds),
         )
         where = self._run.url or f"{short_path(directory.path / 'wandb')}, for `wandb sync`"
         logger.info(f"{'wandb':<10} {where}")
@@ -82,14 +82,18 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def _limits() -> wandb.Settings:
-    """Return settings that keep the library quiet, and from making the run wait for the network."""
+def _limits(grace_seconds: int) -> wandb.Settings:
+    """Return settings that keep the library quiet, and from making the run wait for the network.
+
+    Args:
+        grace_seconds: What a run that is told to stop has for all that it has still to do.
+    """
     wanted = {
         "silent": True,
         "console": "off",  # titan's own logs are files of the run, and its progress bar is none of theirs
         "init_timeout": _START_SECONDS,
         "login_timeout": _START_SECONDS,
-        "finish_timeout": _FINISH_SECONDS,  # not in every version
+        "finish_timeout": min(_FINISH_SECONDS, grace_seconds / 4),  # not in every version
         "finish_timeout_raises": True,
     }
     return wandb.Settings(**{name: value for name, value in wanted.items() if name in wandb.Settings.model_fields})

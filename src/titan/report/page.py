@@ -143,9 +143,9 @@ def _points(runs: Sequence[Run], figures: Sequence[Figures], varied: list[str]) 
     """Return the table of runs, the best loss first, with the parameters that vary."""
     columns: list[tuple[str, str, list[str]]] = [
         ("run", "t", [f"{_swatch(index)}{_text(run.name)}" for index, run in enumerate(runs)]),
-        *((_text(key), "t", [_text(_value(run.config.get(key))) for run in runs]) for key in varied),
         ("last loss", "n", [_number(each.loss, ".4f") for each in figures]),
         ("validation", "n", [_number(each.validation_loss, ".4f") for each in figures]),
+        *((_text(key), "t", [_text(_value(run.config.get(key))) for run in runs]) for key in varied),
         ("step", "n", [each.progress for each in figures]),
         ("tokens/s", "n", [_number(each.tokens_per_second, ",.0f") for each in figures]),
         ("MFU", "n", [_number(each.mfu, ".1%") for each in figures]),

@@ -40,6 +40,7 @@ table{border-collapse:collapse;font-size:13.5px;font-variant-numeric:tabular-num
 th,td{padding:4px 12px 4px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{color:var(--soft);font-weight:600;white-space:nowrap}td.n,th.n{text-align:right;white-space:nowrap}
 td.t{white-space:nowrap}td.w{min-width:220px;max-width:560px;white-space:pre-wrap;overflow-wrap:anywhere}
+@media(max-width:600px){td.w{min-width:120px}body{padding:12px 14px 40px}}
 .bar{display:flex;height:18px;border-radius:4px;overflow:hidden;background:var(--panel);margin:6px 0 10px;
 max-width:900px}
 .bar i{display:block;height:100%}.thin .bar,.bar.thin{height:12px;margin:4px 0;min-width:180px}

@@ -76,15 +76,15 @@ def _table(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    rows = [("run", *varied, "last loss", "validation", "step", "tokens/s", "MFU", "GiB", "goodput", "state")]
+    rows = [("run", "last loss", "validation", *varied, "step", "tokens/s", "MFU", "GiB", "goodput", "state")]
     for index in best_first(runs):
         run, each = runs[index], figures[index]
         rows.append(
             (
                 run.name,
-                *(str(run.config.get(key)) for key in varied),
                 shown(each.loss, ".4f"),
                 shown(each.validation_loss, ".4f"),
+                *(str(run.config.get(key)) for key in varied),
                 each.progress,
                 shown(each.tokens_per_second, ",.0f"),
                 shown(each.mfu, ".1%"),
