@@ -61,6 +61,7 @@ def test_a_run_and_its_resumption_are_one_run_there(tmp_path: Path, cache: Path,
         assert finished.code == 0, finished.text
         assert "wandb      run/wandb, for `wandb sync`" in finished.out
         assert "left out" not in finished.text
+        assert "wandb:" not in finished.text, "the library itself says nothing"
     run = tmp_path / "run"
     files = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     assert len({path.name for path in files}) == 1, "the same id"

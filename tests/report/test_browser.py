@@ -84,6 +84,7 @@ def test_a_page_is_readable(
     assert page.evaluate(TOO_WIDE) == []
     assert min(page.evaluate(LETTERS)) >= 9
     if has_script:
+        plots.first.scroll_into_view_if_needed()
         box = plots.first.bounding_box()
         page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2)
         tip = page.locator(".plot .tip").first

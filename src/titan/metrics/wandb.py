@@ -57,7 +57,8 @@ class WeightsAndBiases:
             save_code=False,
             settings=_limits(config.cluster.grace_seconds),
         )
-        where = self._run.url or f"{short_path(directory.path / 'wandb')}, for `wandb sync`"
+        is_online = settings.mode is WandbMode.online
+        where = self._run.url if is_online else f"{short_path(directory.path / 'wandb')}, for `wandb sync`"
         logger.info(f"{'wandb':<10} {where}")
 
     def write(self, row: dict[str, Any]) -> None:
