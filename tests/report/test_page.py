@@ -140,6 +140,19 @@ def test_several_directories_are_compared(here: Path, capsys: pytest.CaptureFixt
     assert page.tables[-1] == [["key", "a", "b/0"], ["training.seed", "3", "4"]]
 
 
+def test_many_differences_do_not_make_the_table_endless(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight keys have a column, all have a row below, and where a run is and whom it tells is no difference."""
+    other = [f"model.{key}={value}" for key, value in (("dim", 64), ("n_layers", 2), ("n_heads", 4), ("ffn_dim", 128))]
+    other += [f"training.{key}=3" for key in ("steps", "seq_len", "seed", "local_batch_size", "gc_interval")]
+    write_run(here / "two" / "0", [training_row(1, 1.0)])
+    write_run(here / "two" / "1", [training_row(1, 1.0)], overrides=[*other, "metrics.tensorboard=true"])
+    assert report(capsys, "two", "--text", "--output", "page.html")[0] == 0
+    page = read_page(here / "page.html")
+    assert sum("." in title for title in page.tables[0][0]) == 8
+    assert "1 more key differs" in page.words
+    assert sorted(line[0] for line in page.tables[-1][1:]) == sorted(each.partition("=")[0] for each in other)
+
+
 def test_a_run_that_still_goes_on_says_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While a process has the run's lock the page says so at the top; once it is gone, that it was killed."""
     write_run(here / "run", [training_row(1, 1.0), training_row(7, 7.0)], state="running")

@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # nobody reads on
         sys.stderr.close()
+    except OSError as error:
+        print(f"{error.filename} cannot be read: {error.strerror}", file=sys.stderr)
+        return CommandError.exit_code
     return 0
 
 

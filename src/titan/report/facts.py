@@ -13,6 +13,8 @@ from titan.report.goodput import Goodput
 from titan.report.mfu import causal_share
 from titan.report.runs import Run
 
+MOST_VARIED = 8
+"""Keys that have a column in the table of runs."""
 _QUIET = ("save", "start", "exit", "submit")
 """Events that are no fault."""
 

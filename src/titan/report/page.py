@@ -17,6 +17,7 @@ from titan.metrics.sinks import format_seconds
 from titan.report import style
 from titan.report.curves import METRICS, Points, curves_of, points_per_curve
 from titan.report.facts import (
+    MOST_VARIED,
     Figures,
     best_first,
     count_events,
@@ -145,7 +146,7 @@ def _points(runs: Sequence[Run], figures: Sequence[Figures], varied: list[str]) 
         ("run", "t", [f"{_swatch(index)}{_text(run.name)}" for index, run in enumerate(runs)]),
         ("last loss", "n", [_number(each.loss, ".4f") for each in figures]),
         ("validation", "n", [_number(each.validation_loss, ".4f") for each in figures]),
-        *((_text(key), "t", [_text(_value(run.config.get(key))) for run in runs]) for key in varied),
+        *((_text(key), "t", [_text(_value(run.config.get(key))) for run in runs]) for key in varied[:MOST_VARIED]),
         ("step", "n", [each.progress for each in figures]),
         ("tokens/s", "n", [_number(each.tokens_per_second, ",.0f") for each in figures]),
         ("MFU", "n", [_number(each.mfu, ".1%") for each in figures]),
@@ -157,7 +158,13 @@ def _points(runs: Sequence[Run], figures: Sequence[Figures], varied: list[str]) 
     columns = [column for column in columns if any(value != "-" for value in column[2])]
     head = [(title, kind) for title, kind, _ in columns]
     rows = [[(values[index], kind) for _, kind, values in columns] for index in best_first(runs)]
-    return f"<h2>Runs, by their last loss</h2>{_table(head, rows)}"
+    more = len(varied) - MOST_VARIED
+    note = (
+        f"<p class=note>{more} more key{'s differ' if more > 1 else ' differs'}: see below, under Config.</p>"
+        if more > 0
+        else ""
+    )
+    return f"<h2>Runs, by their last loss</h2>{_table(head, rows)}{note}"
 
 
 def _table(head: Iterable[tuple[str, str]], rows: Iterable[Iterable[tuple[str, str]]]) -> str:

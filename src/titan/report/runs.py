@@ -22,8 +22,8 @@ from titan.launch.lock import RunInUse, check_not_in_use
 from titan.report.metrics_table import MetricsTable, describe_no_run, is_run, load_lines, load_table, points_of
 from titan.run_directory import RunDirectory, short_path
 
-_PLACES = ("run.", "cluster.", "data.cache_dir")
-"""Keys of the config that say where a run is, not what it is."""
+_PLACES = ("run.", "cluster.", "data.cache_dir", "metrics.")
+"""Keys of the config that say where a run is and where it tells of itself, not what it is."""
 
 
 @dataclass

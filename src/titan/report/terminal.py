@@ -7,7 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from titan.metrics.sinks import format_seconds
 from titan.report.curves import METRICS, Points
-from titan.report.facts import Figures, best_first, count_events, describe_event, faults_of, figures_of, notices
+from titan.report.facts import (
+    MOST_VARIED,
+    Figures,
+    best_first,
+    count_events,
+    describe_event,
+    faults_of,
+    figures_of,
+    notices,
+)
 from titan.report.goodput import PARTS, Goodput, account
 from titan.report.plot import format_number
 from titan.report.runs import Run, varied_keys
@@ -71,7 +80,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def _table(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
     """Yield the runs by their last loss, with what varies."""
-    varied = varied_keys(runs)
+    all_varied = varied_keys(runs)
+    varied = all_varied[:MOST_VARIED]
 
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
@@ -97,6 +107,8 @@ def _table(runs: Sequence[Run], figures: Sequence[Figures]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in kept]
     for row in zip(*kept, strict=True):
         yield "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip()
+    if more := len(all_varied) - len(varied):
+        yield f"{more} more key{'s differ' if more > 1 else ' differs'}: see the page, without --text"
 
 
 def printable(text: str) -> str:
