@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.metrics.test_tensorboard import read as read_curves
 from tests.support.command import TINY, clean_environment, finish, start
 from titan.config.tracking import has_wandb_key
 
@@ -50,14 +51,18 @@ def rows(found: list[Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_run_and_its_resumption_are_one_run_there(tmp_path: Path, cache: Path, text_file: Path) -> None:
-    """Steps and losses are those of metrics.jsonl, none twice; id and config go along, the key is nowhere."""
+    """After going on and going back, its steps are those of metrics.jsonl, none twice, and so are TensorBoard's.
+
+    The id and the config go along; the key is nowhere.
+    """
     environment = clean_environment(cache, WANDB_API_KEY=KEY)
     command = [
         *("-m", "titan.train", *TINY, f"data.path={text_file}", "run.dir=run", "metrics.log_every=1"),
         *("metrics=wandb", "metrics.wandb.mode=offline", "metrics.wandb.tags=[some,words]", "checkpoint.interval=2"),
+        "metrics.tensorboard=true",
     ]
-    for steps in (3, 5):
-        finished = finish(start([*command, f"training.steps={steps}"], tmp_path, environment))
+    for further in (["training.steps=3"], ["training.steps=5"], ["training.steps=5", "checkpoint.load_step=4"]):
+        finished = finish(start([*command, *further], tmp_path, environment))
         assert finished.code == 0, finished.text
         assert "wandb      run/wandb, for `wandb sync`" in finished.out
         assert "left out" not in finished.text
@@ -69,7 +74,7 @@ def test_a_run_and_its_resumption_are_one_run_there(tmp_path: Path, cache: Path,
     started = [next(each.run for each in part if each.WhichOneof("record_type") == "run") for part in parts]
     assert [(each.run_id, each.project, list(each.tags)) for each in started] == [
         (json.loads((run / "wandb.json").read_text())["id"], "titan", ["some", "words"])
-    ] * 2
+    ] * 3
     config = {item.key: json.loads(item.value_json) for item in started[0].config.update}
     assert config["training"]["seq_len"] == 32
     assert config["model"]["norm_eps"] == 1e-5, "a number, not a text"
@@ -77,6 +82,8 @@ def test_a_run_and_its_resumption_are_one_run_there(tmp_path: Path, cache: Path,
     sent = [(row["_step"], row["train/loss"]) for part in parts for row in rows(part)]
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sent == [(row["step"], row["loss"]) for row in written]
+    shown = read_curves(run / "tensorboard")["train/loss"]
+    assert [(step, pytest.approx(loss)) for step, loss in shown] == sent
     for path in run.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
 
