@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from titan.metrics.sinks import Guarded
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the package's own imports
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -51,3 +53,13 @@ def test_a_run_that_goes_back_shows_no_step_twice(tmp_path: Path) -> None:
     resumed.write(row(7, 3.0))
     resumed.close()
     assert read(tmp_path)["train/loss"] == [*((step, 1.0) for step in range(1, 5)), (5, 2.0), (6, 2.0), (7, 3.0)]
+
+
+def test_files_that_cannot_be_written_stop_nothing(tmp_path: Path) -> None:
+    """Where the folder cannot be made, the run goes on without."""
+    (tmp_path / "tensorboard").write_text("")
+    sink = Guarded("TensorBoard", lambda: TensorBoard(tmp_path / "tensorboard", 0))
+    sink.write(row(1, 2.5))
+    sink.rewind(0)
+    sink.close()
+    assert (tmp_path / "tensorboard").read_text() == ""
