@@ -333,6 +333,17 @@ MISTAKES = {
     "a decay longer than the run": ("lr_scheduler.decay_ratio=2", "is not a share", "from 0 to 1", "decay_ratio=0.9"),
     "a moment that never decays": ("optimizer.beta2=1", "is not a share", "from 0 to below 1", "optimizer.beta2=0.9"),
     "a negative learning rate": ("optimizer.lr=-1", "optimizer.lr = -1.0 is below 0"),
+    "a value for the keys of Weights & Biases": (
+        "metrics.wandb=true",
+        "metrics.wandb = true, but metrics.wandb holds keys",
+        "Try  metrics.wandb.enable=...",
+    ),
+    "a mode that Weights & Biases has not": ("metrics.wandb.mode=on", "There are: online, offline"),
+    "a run in no project": (
+        "metrics=wandb metrics.wandb.mode=offline metrics.wandb.project=''",
+        "metrics.wandb.project is empty",
+        "Try  metrics.wandb.project=titan",
+    ),
     "a trace after the end": ("profiling=trace training.steps=5", "looks at steps 10 to 12", "profiling.start_step=2"),
     "a snapshot of a CPU's memory": (
         "profiling=memory training.steps=20 cluster.device=cpu",

@@ -9,6 +9,10 @@
               metrics.jsonl   one line a logged step
               data.jsonl      one line a step: which rows it had
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
+              samples.jsonl   texts that the model went on with, appended
+              wandb.json      which run of Weights & Biases this is, and which steps it has been sent
+              tensorboard/    event files
+              report.html     what titan.report makes of all this
               logs/           one file per rank and attempt; and .stacks beside it, after a hang
               checkpoints/    step_00000010/ and so on
               slurm/          batch script and console of a job, where SLURM ran it
@@ -94,6 +98,31 @@ class RunDirectory:
         """The steps left out after a spike."""
         return self.path / "skipped_steps.jsonl"
 
+    @property
+    def samples(self) -> Path:
+        """One JSON object a text that the model went on with: step, prompt, text, time."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object for each thing that happened."""
+        return self.path / "events.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Which run of Weights & Biases this is, and what it has been sent."""
+        return self.path / "wandb.json"
+
+    @property
+    def report(self) -> Path:
+        """The page of `titan.report`."""
+        return self.path / "report.html"
+
     def log(self, rank: int, attempt: int) -> Path:
         """Return the log file of one rank in one attempt."""
         return self.path / "logs" / f"rank_{rank:05d}.attempt_{attempt}.log"
@@ -149,7 +178,7 @@ class RunDirectory:
     def read_new_events(self, offset: int) -> tuple[list[dict[str, Any]], int]:
         """Return what was appended to events.jsonl after it had so many bytes, oldest first; and where to go on."""
         try:
-            with (self.path / "events.jsonl").open("rb") as file:
+            with self.events.open("rb") as file:
                 file.seek(offset)
                 whole, newline, _ = file.read().rpartition(b"\n")  # a line without end is still being written
         except OSError:
@@ -159,7 +188,7 @@ class RunDirectory:
     def events_size(self) -> int:
         """Return how many bytes events.jsonl has."""
         try:
-            return (self.path / "events.jsonl").stat().st_size
+            return self.events.stat().st_size
         except OSError:
             return 0
 
@@ -183,7 +212,7 @@ class RunDirectory:
         """Append one line to events.jsonl. A full disk is told, not raised."""
         row = {"time": utc_now(), "event": event, **details}
         try:
-            append_line(self.path / "events.jsonl", row)
+            append_line(self.events, row)
         except OSError as error:
             logger.warning(f"events.jsonl cannot be written ({error.strerror}): {json.dumps(row)}")
 

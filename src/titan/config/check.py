@@ -43,9 +43,11 @@ from titan.config.schema import (
     RecordFormat,
     TitanConfig,
     TokenizerKind,
+    WandbMode,
 )
 from titan.config.sources import check_data, sources_of
 from titan.config.tokenizer_files import guess_kind, read_json
+from titan.config.tracking import has_wandb_key
 from titan.config.vocabulary import check_fingerprint, count_tokens
 from titan.errors import ConfigError, Problem
 
@@ -855,6 +857,39 @@ def check_profiling(config: TitanConfig) -> Iterator[Problem]:
         )
 
 
+def check_metrics(config: TitanConfig) -> Iterator[Problem]:
+    """The packages that metrics are sent through are here, and so is a key for Weights & Biases."""
+    settings, wandb = config.metrics, config.metrics.wandb
+    is_elsewhere = config.cluster.kind is not ClusterKind.local  # where the packages may be others
+    if settings.tensorboard and not is_elsewhere and importlib.util.find_spec("tensorboard") is None:
+        yield Problem(
+            "metrics.tensorboard = true, but the package tensorboard is not installed",
+            "PyTorch writes its files with it.",
+            "pip install 'titan[tensorboard]'   or  metrics.tensorboard=false",
+        )
+    if not wandb.enable:
+        return
+    if not wandb.project.strip():
+        yield Problem(
+            "metrics.wandb.project is empty",
+            "Weights & Biases lists every run in a project.",
+            "metrics.wandb.project=titan",
+        )
+    if is_elsewhere:
+        return
+    if importlib.util.find_spec("wandb") is None:
+        yield Problem(
+            "metrics.wandb.enable = true, but the package wandb is not installed",
+            suggestion="pip install wandb   or  metrics.wandb.enable=false",
+        )
+    if wandb.mode is WandbMode.online and not has_wandb_key():
+        yield Problem(
+            "metrics.wandb.enable = true, but there is no key for Weights & Biases",
+            "It is taken from WANDB_API_KEY, or from where `wandb login` leaves it, and never from the config.",
+            "export WANDB_API_KEY=...   or  wandb login   or  metrics.wandb.mode=offline",
+        )
+
+
 def check_preparation(config: TitanConfig) -> Iterator[Problem]:
     """What is to be tokenised is there, and what it is tokenised with; nothing else of the config is looked at."""
     yield from _at_least(config, {"data.prepare_workers": 1})
@@ -903,6 +938,7 @@ RULES: tuple[Rule, ...] = (
     check_async_tensor_parallel,
     check_checkpoint,
     check_profiling,
+    check_metrics,
     check_slurm,
     check_environment,
 )

@@ -202,6 +202,12 @@ def config_text(config: TitanConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
+def plain_config(config: TitanConfig) -> dict[str, Any]:
+    """Return a resolved config as plain containers, for another program; enums by name."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return typing.cast("dict[str, Any]", container)
+
+
 def load_config(path: Path) -> TitanConfig:
     """Read a frozen config.
 

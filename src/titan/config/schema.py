@@ -167,6 +167,13 @@ class ActivationCheckpointMode(Enum):
     memory_budget = "memory_budget"
 
 
+class WandbMode(Enum):
+    """Where rows for Weights & Biases go first; the values are its own names."""
+
+    online = "online"
+    offline = "offline"
+
+
 class Float8Recipe(Enum):
     """How float8 scales are chosen; the names are torchao's."""
 
@@ -607,11 +614,35 @@ class FaultToleranceConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases. Its key comes from WANDB_API_KEY or `wandb login`, never from here: this is written down."""
+
+    enable: bool = False
+    """Send the numbers, the whole config and the machine's own figures."""
+    mode: WandbMode = WandbMode.online
+    """online, or offline: into <run.dir>/wandb, for `wandb sync` to send later."""
+    project: str = "titan"
+    """The project that the run is listed in."""
+    entity: str | None = None
+    """The user or team; null is the key's default."""
+    name: str | None = None
+    """What the run is called there; null is the path of its directory."""
+    group: str | None = None
+    """Runs of one group are shown together; null groups the points of a sweep."""
+    tags: list[str] = field(default_factory=list)
+    """Words to find the run by."""
+
+
+@dataclass
 class MetricsConfig:
     """What is written down while training."""
 
     log_every: int = MISSING
     """Steps between two lines on the console and in metrics.jsonl."""
+    tensorboard: bool = False
+    """Write the same numbers for TensorBoard, to <run.dir>/tensorboard."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Send the same numbers to Weights & Biases."""
 
 
 @dataclass

@@ -22,6 +22,11 @@ def peak_memory_gib(device: torch.device) -> float:
     return float("nan")
 
 
+def device_memory_gib(device: torch.device) -> float | None:
+    """Return how much memory a GPU has, in GiB; None for a CPU, whose memory is not a rank's alone."""
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start to look for a new peak, where the device can."""
     if device.type == "cuda":

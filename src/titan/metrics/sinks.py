@@ -1,15 +1,85 @@
-"""Where the numbers go: metrics.jsonl, and the console."""
+"""Where the numbers go: one small interface, metrics.jsonl and the console behind it, and others beside them.
+
+One rank writes, and no sink can stop a run: each is in a `Guarded`, which takes whatever goes wrong in it for a reason
+to go on without it, and says so once. metrics.jsonl is the record, from which the others could be made again.
+
+The trap is time that goes back. A run that resumes, or goes back after a spike, hands over steps that it has handed
+over before, so every sink has to know `rewind`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from titan.log import logger
+
+
+class Sink(Protocol):
+    """Takes the rows of a run."""
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Take a row of metrics, or of a validation, as it stands in metrics.jsonl."""
+
+    def step(self) -> None:
+        """Take note that a step is done, logged or not."""
+
+    def rewind(self, step: int) -> None:
+        """Go back with the run: the rows beyond this step will come again."""
+
+    def close(self) -> None:
+        """Let go of everything; at the end of the run however it comes."""
+
+
+class Guarded:
+    """A sink that cannot stop a run: the first time it fails it says why, and from then on it is left out.
+
+    Args:
+        name: What it is called in the warning.
+        open_sink: Makes it.
+    """
+
+    def __init__(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        self.name = name
+        self._sink: Sink | None = None
+        self._try(lambda: setattr(self, "_sink", open_sink()))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Hand a row on."""
+        if (sink := self._sink) is not None:
+            self._try(lambda: sink.write(row))
+
+    def step(self) -> None:
+        """Hand on that a step is done."""
+        if (sink := self._sink) is not None:
+            self._try(sink.step)
+
+    def rewind(self, step: int) -> None:
+        """Hand on that the run goes back."""
+        if (sink := self._sink) is not None:
+            self._try(lambda: sink.rewind(step))
+
+    def close(self) -> None:
+        """Close it."""
+        if (sink := self._sink) is not None:
+            self._try(sink.close)
+        self._sink = None
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            broken, self._sink = self._sink, None
+            why = str(error).strip() or type(error).__name__
+            logger.warning(f"{self.name} is left out from here on, training goes on: {why}")
+            if broken is not None:
+                with contextlib.suppress(Exception):  # it is broken; what it holds is to be given back all the same
+                    broken.close()
 
 
 class JsonLines:
@@ -143,6 +213,13 @@ def format_seconds(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def section_of(name: str) -> str:
+    """Return under which heading a number of a row is shown: train, speed or validation."""
+    if name.startswith("validation_"):
+        return "validation"
+    return "train" if name in ("loss", "grad_norm", "learning_rate", "tokens") else "speed"
 
 
 def _step_of(line: bytes) -> float:

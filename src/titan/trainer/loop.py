@@ -22,9 +22,10 @@ from titan.data.digest import format_digest, to_signed
 from titan.data.loader import Step
 from titan.errors import NonFiniteError, Stopped
 from titan.log import logger
-from titan.metrics.memory import peak_memory_gib, reset_peak_memory
+from titan.metrics.memory import device_memory_gib, peak_memory_gib, reset_peak_memory
 from titan.metrics.meter import Meter, bits_per_byte
-from titan.metrics.sinks import Console, JsonLines, format_seconds
+from titan.metrics.opening import open_all
+from titan.metrics.sinks import JsonLines, Sink, format_seconds
 from titan.models.flops import peak_tflops
 from titan.optim.schedule import lr_factor, set_learning_rate
 from titan.trainer.ahead import prepare_steps
@@ -186,13 +187,13 @@ def end_if_told(trainer: Trainer, saver: Saver, warning: Callable[[], int]) -> N
         raise Stopped(signal.Signals(told).name, trainer.state.step, saver.save_now())
 
 
-def open_sinks(trainer: Trainer) -> list[JsonLines | Console]:
-    """Return where metrics go: on one rank to the file and the console, on the others nowhere."""
+def open_sinks(trainer: Trainer) -> list[Sink]:
+    """Return where metrics go: from one rank to all that the config names, from the others nowhere."""
     if dist.get_rank() != 0:
         return []
-    step, steps = trainer.state.step, trainer.config.training.steps
-    console = Console(steps, step, lambda: trainer.data.tokens_to_bytes)
-    return [JsonLines(trainer.directory.metrics, step), console]
+    tokens_to_bytes = lambda: trainer.data.tokens_to_bytes  # noqa: E731  # it changes while streaming
+    memory_gib = device_memory_gib(trainer.device)
+    return open_all(trainer.config, trainer.directory, trainer.state.step, memory_gib, tokens_to_bytes)
 
 
 def open_rows_log(trainer: Trainer) -> JsonLines | None:
@@ -315,9 +316,7 @@ class StepReader:
         self._steps.close()
 
 
-def write_metrics(
-    trainer: Trainer, meter: Meter, result: StepResult, learning_rate: float, sinks: list[JsonLines | Console]
-) -> None:
+def write_metrics(trainer: Trainer, meter: Meter, result: StepResult, learning_rate: float, sinks: list[Sink]) -> None:
     """Write one row to every sink; all ranks take part, for the fullest one's memory counts."""
     memory = torch.tensor(peak_memory_gib(trainer.device), device=trainer.device)
     dist.all_reduce(memory, op=dist.ReduceOp.MAX)

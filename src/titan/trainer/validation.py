@@ -28,7 +28,7 @@ from titan.data.loader import Share, Step, build_loader
 from titan.errors import DataError
 from titan.log import logger
 from titan.metrics.meter import Meter, validation_row
-from titan.metrics.sinks import Console, JsonLines
+from titan.metrics.sinks import Sink
 from titan.parallel.fsdp import forget_forward
 from titan.trainer.build import Trainer
 from titan.trainer.watchdog import Watchdog
@@ -62,7 +62,7 @@ class Validator:
         self,
         trainer: Trainer,
         meter: Meter,
-        sinks: Sequence[JsonLines | Console],
+        sinks: Sequence[Sink],
         watchdog: Watchdog,
         end_if_told: Callable[[], None],
     ) -> None:

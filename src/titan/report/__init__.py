@@ -1,0 +1,1 @@
+"""What became of a run, or of a sweep, as one page. Imports no torch."""
