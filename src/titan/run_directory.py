@@ -8,6 +8,7 @@
               .lock           held by rank 0 of the live run; who has it, or had it last
               metrics.jsonl   one line a logged step
               data.jsonl      one line a step: which rows it had
+              samples.jsonl   one line a prompt and validation, where validation.sample_prompts has any
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
               logs/           one file per rank and attempt; and .stacks beside it, after a hang
               checkpoints/    step_00000010/ and so on
@@ -68,6 +69,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object a prompt that was continued after a validation."""
+        return self.path / "samples.jsonl"
 
     @property
     def rows(self) -> Path:

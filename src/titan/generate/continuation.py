@@ -13,7 +13,7 @@ from titan.errors import CheckpointError, Problem
 from titan.generate.options import GenerateOptions, refusal
 from titan.generate.source import Speaker
 from titan.models.cache import CachedModel
-from titan.models.sampling import Sampling, only_words, row_generators
+from titan.models.sampling import Sampling, draw, only_words, row_generators
 
 END_OF_TEXT, FULL, CONTEXT = "end of text", "max_new_tokens", "context"
 """Why a continuation ended."""
@@ -122,7 +122,7 @@ def go_on(
                 "the model's logits are not finite\n"
                 "  Its weights are no good, or they are too large for the format.  Try  dtype=float32"
             )
-        chosen = agree(sampling.choose(only_words(logits, speaker.tokenizer.n_tokens), generators))
+        chosen = agree(sampling.choose(only_words(logits, speaker.tokenizer.n_tokens), draw(generators)))
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if not row.ended:
                 yield row, row.take(token, ends, options.max_new_tokens, context)

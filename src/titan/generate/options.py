@@ -1,8 +1,8 @@
 """What `python -m titan.generate` can be told, and what is wrong with what it was told.
 
 Words are key=value, as for titan.train, with one difference: a text is taken as it is typed. Hydra's grammar would
-want quotes inside of the shell's quotes around every prompt with a comma in it. Only a prompt that is a list by that
-grammar, in brackets, is taken for several.
+want quotes inside of the shell's quotes around every prompt with a comma in it. Only a prompt in brackets that reads as
+a list of texts is taken for several.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+
+import yaml
 
 from titan.config.keys import Key, walk_keys, wrong_value
 from titan.config.schema import Device, Dtype, TokenizerKind
@@ -193,15 +195,12 @@ def _several(text: str) -> list[str]:
     """Return the texts of a list, or the text itself where it is none."""
     if not (text.startswith("[") and text.endswith("]")):
         return [text]
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
     try:
-        found = OverridesParser.create().parse_override(f"prompt={text}").value()
-    except HydraException:
+        found = yaml.load(text, Loader=yaml.BaseLoader)  # which takes every word for text
+    except yaml.YAMLError:
         return [text]
-    is_list = isinstance(found, list) and found and not any(isinstance(each, (list, dict)) for each in found)
-    return [str(each) for each in found] if isinstance(found, list) and is_list else [text]
+    is_list = isinstance(found, list) and found and all(isinstance(each, str) for each in found)
+    return found if is_list else [text]
 
 
 def _unknown(name: str, value: str) -> Problem:

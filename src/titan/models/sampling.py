@@ -30,23 +30,22 @@ class Sampling:
     top_p: float = 1.0
     """Draw from the fewest likeliest tokens that have this share of the probability together."""
 
-    def choose(self, logits: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def choose(self, logits: Tensor, draws: Tensor) -> Tensor:
         """Return one token of each row.
 
         Args:
             logits: Of the next token; -inf for what must not come.
-            generators: One a row, on the CPU; each is asked for one number, or for none where nothing is drawn.
+            draws: What each row draws with, from 0 to 1; see `draw`.
 
         Shape:
-            logits: (B, V). Returns (B,), int64.
+            logits: (B, V). draws: (B,), float64. Returns (B,), int64.
         """
         if self.temperature == 0:
             return logits.argmax(-1)
-        draws = [torch.rand((), dtype=torch.float64, generator=generator) for generator in generators]
         sums = self.probabilities(logits).cumsum(-1)
         whole = sums[:, -1]  # which is 1 but for rounding
         # below the whole, or the last token would be taken, of whatever probability
-        drawn = (torch.stack(draws).to(whole.device) * whole).minimum(whole.nextafter(torch.zeros_like(whole)))
+        drawn = (draws.to(whole.device) * whole).minimum(whole.nextafter(torch.zeros_like(whole)))
         return torch.searchsorted(sums, drawn.unsqueeze(-1), right=True).squeeze(-1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -73,6 +72,11 @@ def row_generators(seed: int, rows: Sequence[object]) -> list[torch.Generator]:
         )
         for row in rows
     ]
+
+
+def draw(generators: Sequence[torch.Generator]) -> Tensor:
+    """Return the next number of each generator, from 0 to 1. Shape: (B,), float64, on the CPU."""
+    return torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in generators])
 
 
 def only_words(logits: Tensor, n_tokens: int) -> Tensor:
