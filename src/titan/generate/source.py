@@ -28,6 +28,7 @@ from titan.generate.options import GenerateOptions, refusal
 from titan.models.family import load_family
 from titan.run_directory import RunDirectory, short_path
 
+_WITHOUT_FILE = (TokenizerKind.bytes, TokenizerKind.llama3)
 _ENDS_OF_TURN = ("<|eot_id|>", "<|eom_id|>")
 """Of Llama 3's own tokenizer, what its chat models end with in the place of the end of text."""
 
@@ -132,6 +133,9 @@ def choose_tokenizer(source: Source, options: GenerateOptions) -> TokenizerConfi
         CommandError: If there is none.
     """
     if options.tokenizer is not None:
+        if options.tokenizer_path is None and options.tokenizer not in _WITHOUT_FILE:
+            what = f"tokenizer = {options.tokenizer.name} reads a file, and tokenizer.path is not set"
+            raise refusal([Problem(what, suggestion="tokenizer.path=/path/to/it   or  tokenizer=bytes")])
         return TokenizerConfig(options.tokenizer, options.tokenizer_path)
     if options.tokenizer_path is not None:
         return _guess(Path(options.tokenizer_path), f"tokenizer.path = {options.tokenizer_path}")
