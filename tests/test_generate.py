@@ -169,7 +169,7 @@ MISTAKES = [
     (["checkpoint=empty", "prompt=x"], 66, "empty cannot be used: it is empty"),
     (["checkpoint=new_run", "prompt=x"], 66, "new_run cannot be used: this run has no checkpoint yet"),
     (["checkpoint=bare", "prompt=x"], 2, "bare has no tokenizer"),
-    (["checkpoint=bare", "prompt=x", "tokenizer=huggingface"], 2, "tokenizer.path is not set"),
+    (["checkpoint=bare", "prompt=x", "tokenizer=huggingface"], 2, "tokenizer = huggingface reads a file"),
     (["checkpoint=bare", "prompt=x", "tokenizer.path=none"], 2, "tokenizer.path = none has no tokenizer"),
     (["checkpoint=small", "prompt=x", "tokenizer=bytes"], 2, "has 258 tokens, and the model only 70 rows"),
     (["checkpoint=bare", f"prompt={'x' * 64}", "tokenizer=bytes"], 2, "has 65 tokens, and the model's context is 64"),
