@@ -6,7 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan.config.schema import Device, Dtype
-from titan.errors import Problem
+from titan.errors import CheckpointError, Problem
 from titan.generate.options import GenerateOptions, refusal
 from titan.generate.source import Speaker
 from titan.models.cache import CachedModel
@@ -82,5 +82,11 @@ def load_model(
         # a token at a time cannot be cut along the sequence, and every process chooses among all words
         apply_tensor_parallel(model, speaker.family.cut_of, mesh, sequence_parallel=False, loss_parallel=False)
     allocate(model, device, device)
-    fill(plain_parameters(model), speaker.source.weights)
+    try:
+        fill(plain_parameters(model), speaker.source.weights)
+    except OSError as error:
+        raise CheckpointError(
+            f"{speaker.source.path} cannot be read any more: {error.strerror or error}\n"
+            "  A run that goes on removes old checkpoints.  Try  the same command again"
+        ) from error
     return CachedModel(model.requires_grad_(False).eval())

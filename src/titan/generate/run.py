@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from titan.convert.transfer import describe_source
+from titan.errors import TitanError
 from titan.generate.continuation import Continuation, batches, encode_prompts, go_on, longest_row
 from titan.generate.model import check_tp, choose_device, choose_dtype, load_model
 from titan.generate.options import GenerateOptions
@@ -35,13 +36,18 @@ def run(options: GenerateOptions, prompts: Sequence[str], as_json: bool) -> None
         CheckpointError: If there are no usable weights.
         CommandError: If the options are not for this model or machine.
         ConfigError: If the tokenizer cannot be loaded.
+        TitanError: If the device has too little memory.
         RanksFailed: If a process of tensor parallelism fails.
     """
     speaker = open_speaker(options, say)
     rows = encode_prompts(prompts, speaker, options)
     device = choose_device(options)
     if options.tp == 1:
-        speak(speaker, rows, options, device, Printer(len(rows), options.echo, as_json))
+        try:
+            speak(speaker, rows, options, device, Printer(len(rows), options.echo, as_json))
+        except torch.OutOfMemoryError as error:
+            advice = "batch_size=1   or  tp=2, on as many GPUs   or  device=cpu"
+            raise TitanError(f"{torch.cuda.get_device_name(device)} has too little memory\n  Try  {advice}") from error
         return
     check_tp(speaker, options.tp)
     from titan.generate.ranks import run_ranks
