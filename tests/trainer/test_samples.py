@@ -48,6 +48,8 @@ def test_each_validation_has_a_row_for_each_prompt(
     assert [(row["step"], row["prompt"]) for row in rows] == [(step, text) for step in (3, 6) for text in PROMPTS]
     assert all(set(row) == {"step", "prompt", "text", "time"} for row in rows)
     assert any(row["text"] for row in rows)
+    shown = [line.partition(" | ")[0] for line in caplog.messages if "  sample  " in line]
+    assert shown[:3] == ["step 3/6  sample  the quick", "step 3/6  sample  ", "step 3/6  sample  lazy\\ndogs"]
     assert not without.directory.samples.exists()
     assert results(trainer.directory.path) == results(without.directory.path)
     assert validations(trainer.directory.path) == validations(without.directory.path)

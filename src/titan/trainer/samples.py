@@ -100,9 +100,11 @@ class Samples:
         assert self._file is not None, "rank 0"
         # A run that was killed behind this and before the validation's own row does both again.
         self._file.rewind(step - 1)
+        steps = self.trainer.config.training.steps
         for prompt, text in zip(self.prompts, texts, strict=True):
             self._file.write({"step": step, "prompt": prompt, "text": text, "time": utc_now()})
-            logger.info(f"step {step}  sample  {shorten(prompt, is_end=True)} | {shorten(text)}")
+            shown = f"{shorten(prompt, is_end=True)} | {shorten(text)}"
+            logger.info(f"step {step:>{len(str(steps))}}/{steps}  sample  {shown}")
 
 
 def encode_samples(config: TitanConfig, tokenizer: Tokenizer) -> list[list[int]]:
@@ -269,7 +271,7 @@ def _pointed(trainer: Trainer, longest: int) -> Iterator[_Pointer]:
 
 def shorten(text: str, is_end: bool = False) -> str:
     """Return a text as one short line."""
-    line = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
     if len(line) <= _SHOWN:
         return line
     return f"...{line[3 - _SHOWN :]}" if is_end else f"{line[: _SHOWN - 3]}..."
