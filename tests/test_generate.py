@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +28,15 @@ from .support.foreign import SCALING, random_weights, save_hugging_face, save_ti
 Generate = Callable[..., Finished]
 MODEL = shape(vocab_size=480, rope_scaling=SCALING, max_seq_len=256)
 PROMPTS = ["The quick", "x", "The quick brown fox jumps over the lazy dog. " * 3]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A token at a time is too little work for several threads, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,15 @@ from .flavors import build_model, flavor, random_tokens, shrink
 NEW_TOKENS = 12
 LENGTHS = (150, 1, 37, 150)
 """Longer than what the rotary scaling starts from, the shortest there is, and two alike."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A token at a time is too little work for several threads, which only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def cached(config: ModelConfig, seq_len: int) -> CachedModel:
