@@ -8,6 +8,7 @@
               .lock           held by rank 0 of the live run; who has it, or had it last
               metrics.jsonl   one line a logged step
               data.jsonl      one line a step: which rows it had
+              samples.jsonl   one line a prompt and validation, where validation.sample_prompts has any
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
               samples.jsonl   texts that the model went on with, appended
               wandb.json      which run of Weights & Biases this is, and which steps it has been sent
@@ -72,6 +73,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """One JSON object a logged step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object a prompt that was continued after a validation."""
+        return self.path / "samples.jsonl"
 
     @property
     def rows(self) -> Path:

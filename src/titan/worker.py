@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
     arguments = sys.argv[1:] if arguments is None else arguments
     start_logging()
     signals.hold_warnings()
-    _die_with_launcher()
+    die_with_launcher()
     if launcher_pid() is not None:
         signals.hold_interrupt(True)  # until there is somebody to account for it
     if len(arguments) != 1:
@@ -411,7 +411,7 @@ def _account(directory: RunDirectory, rank: Rank, error: BaseException, may_writ
     blamed = error.ranks[0] if is_hang else rank.rank
     is_main = threading.current_thread() is threading.main_thread()
     if rank.has_store and is_main and not is_hang:  # of which the agent would name a rank that has waited
-        _tell_agent(error)
+        tell_agent(error)
     if may_write:
         if directory.read_status().get("state") == "running":  # the first to fail says why
             directory.write_status("failed", why=summary, rank=blamed, attempt=rank.attempt, exit_code=code)
@@ -419,7 +419,7 @@ def _account(directory: RunDirectory, rank: Rank, error: BaseException, may_writ
     return code
 
 
-def _tell_agent(error: BaseException) -> None:
+def tell_agent(error: BaseException) -> None:
     """Leave the error where the elastic agent looks for it, so that it can name the rank that failed first."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -429,7 +429,7 @@ def _tell_agent(error: BaseException) -> None:
     get_error_handler().record_exception(error)
 
 
-def _die_with_launcher() -> None:
+def die_with_launcher() -> None:
     """Ask the kernel to end this rank when titan's local launcher dies, however it dies."""
     pid = launcher_pid()
     if pid is None or sys.platform != "linux":

@@ -29,6 +29,7 @@ def check_validation(config: TitanConfig) -> Iterator[Problem]:
             "-1 stands for all rows of the held-out text.",
             "validation.rows=-1",
         )
+    yield from _check_samples(config)
     if settings.interval <= 0:
         return
     if settings.data is None:
@@ -47,6 +48,42 @@ def check_validation(config: TitanConfig) -> Iterator[Problem]:
         return
     problems = list(check_source(settings.data, "validation.data", config.tokenizer))
     yield from problems or _check_is_held_out(settings.data, config)
+
+
+def _check_samples(config: TitanConfig) -> Iterator[Problem]:
+    settings, seq_len = config.validation, config.training.seq_len
+    if not settings.sample_prompts:
+        return
+    if settings.data is None:
+        yield Problem(
+            "validation.sample_prompts is set, but nothing is validated",
+            "Prompts are continued after each validation.",
+            "validation=text validation.data.path=/path/to/held_out   or  validation.sample_prompts=[]",
+        )
+    if not 1 <= settings.sample_tokens < seq_len:
+        yield Problem(
+            f"validation.sample_tokens = {settings.sample_tokens} is not between 1 and {seq_len - 1}",
+            f"Prompt and continuation have to fit into training.seq_len = {seq_len}.",
+            f"validation.sample_tokens={min(64, max(1, seq_len // 2))}",
+        )
+    if settings.sample_temperature < 0:
+        yield Problem(
+            f"validation.sample_temperature = {settings.sample_temperature:g} is below 0",
+            "Logits are divided by it; 0 stands for the likeliest token every time.",
+            "validation.sample_temperature=0.8",
+        )
+    if not 0 < settings.sample_top_p <= 1:
+        yield Problem(
+            f"validation.sample_top_p = {settings.sample_top_p:g} is not above 0 and at most 1",
+            "It is a share of the probability; 1 draws from all tokens.",
+            "validation.sample_top_p=0.95",
+        )
+    elif settings.sample_top_p < 1 and settings.sample_temperature == 0:
+        yield Problem(
+            f"validation.sample_top_p = {settings.sample_top_p:g} would change nothing: "
+            "validation.sample_temperature = 0 draws nothing",
+            suggestion="validation.sample_temperature=1",
+        )
 
 
 def _check_is_held_out(data: SourceConfig, config: TitanConfig) -> Iterator[Problem]:

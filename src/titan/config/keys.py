@@ -144,6 +144,11 @@ _WANTED = {
 }
 
 
+def walk_keys(node: type) -> Iterator[Key]:
+    """Yield the keys of any dataclass, as of the schema's."""
+    return _walk(node, "")
+
+
 def _walk(node: type, prefix: str) -> Iterator[Key]:
     for name, annotation in typing.get_type_hints(node).items():
         options = typing.get_args(annotation)

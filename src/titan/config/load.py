@@ -33,13 +33,15 @@ from titan.config.check import check_config
 from titan.config.degrees import Machine
 from titan.config.explain import COMPOSITION_ERRORS, Groups, explain_mistakes, gist
 from titan.config.keys import is_known, schema_keys, unknown_key
-from titan.config.schema import ModelConfig, TitanConfig
+from titan.config.schema import ModelConfig, TitanConfig, TokenizerConfig
 from titan.errors import ConfigError, Problem, TitanError
 from titan.run_directory import write_atomically
 
 CONFIG_NAME = "train"
 HYDRA_VERSION = "1.3"
 """The version of Hydra whose behaviour is asked for."""
+
+T = typing.TypeVar("T")
 
 _lock = threading.RLock()  # Hydra's composition uses process-wide state
 
@@ -251,19 +253,34 @@ def load_model(path: Path) -> ModelConfig:
     Raises:
         ConfigError: If the file is missing, or has no node `model` of this version's schema.
     """
+    found = _load_node(path, "model", ModelConfig)
+    if found is None:
+        raise ConfigError(f"{path} has no node model")
+    return found
+
+
+def load_tokenizer(path: Path) -> TokenizerConfig | None:
+    """Read which tokenizer a frozen config names; None if it has the model's shape alone, as one that was imported.
+
+    Raises:
+        ConfigError: If the file is missing, or its node `tokenizer` is not of this version's schema.
+    """
+    return _load_node(path, "tokenizer", TokenizerConfig)
+
+
+def _load_node(path: Path, name: str, schema: type[T]) -> T | None:
     try:
         container = OmegaConf.to_container(OmegaConf.create(path.read_text()), resolve=False)
-        found = container.get("model") if isinstance(container, dict) else None
+        found = container.get(name) if isinstance(container, dict) else None
         if not isinstance(found, dict):
-            raise ConfigError(f"{path} has no node model")
+            return None
         if "${" in str(found):  # a frozen config refers to nothing, and the environment is nobody's business
-            raise ConfigError(f"{path} is not a frozen config: its model refers to other values")
-        model = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), found))
+            raise ConfigError(f"{path} is not a frozen config: its {name} refers to other values")
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), found)))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except (*COMPOSITION_ERRORS, AssertionError) as error:
         raise ConfigError(f"{path} is not a titan config: {gist(error)}") from error
-    return typing.cast(ModelConfig, model)
 
 
 @contextlib.contextmanager

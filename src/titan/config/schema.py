@@ -449,6 +449,14 @@ class ValidationConfig:
     """Rows to look at, from the first on; -1 is all of them, once."""
     data: SourceConfig | None = None
     """The held-out text, or null; tokenised, packed and masked as the data to train on."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Texts that are continued after each validation, for people to read, into <run.dir>/samples.jsonl."""
+    sample_tokens: int = 64
+    """Tokens behind each of sample_prompts, at most; each takes a forward pass over the whole text before it."""
+    sample_temperature: float = 0.0
+    """With sample_prompts: 0 takes the likeliest token every time, 1 draws with the model's own probabilities."""
+    sample_top_p: float = 1.0
+    """With sample_temperature: draw from the fewest likeliest tokens that have this share of the probability."""
 
 
 @dataclass

@@ -204,8 +204,8 @@ class ForwardPipeline:
     """The ranks of the pipeline."""
     microbatches: int
     """Into how many a micro-batch of the data is cut."""
-    hidden: Tensor
-    """What stages hand on of one pipeline microbatch, on meta."""
+    shapes: tuple[Tensor, Tensor]
+    """Tokens of one pipeline microbatch and what stages hand on of it, on meta; rows may also be shorter."""
 
     @torch.no_grad()
     def run(self, batches: Sequence[Batch]) -> Tensor:
@@ -230,12 +230,17 @@ class ForwardPipeline:
                     exchange.append(self._exchange(dist.isend, out.contiguous(), stage + 1))
             for stage in self.parts:
                 if stage and stage - 1 not in self.parts and 0 <= tick + 1 - stage < len(pieces):
-                    arriving[stage] = torch.empty_like(self.hidden, device=device, requires_grad=False)
+                    arriving[stage] = self._hidden(pieces[tick + 1 - stage].tokens)
                     exchange.append(self._exchange(dist.irecv, arriving[stage], stage - 1))
             for work in dist.batch_isend_irecv(exchange) if exchange else ():
                 work.wait()
             arrived = arriving
         return total
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        whole, hidden = self.shapes
+        positions = tokens.shape[1] * hidden.shape[1] // whole.shape[1]  # fewer where tensor parallelism cuts them
+        return torch.empty(len(tokens), positions, hidden.shape[2], dtype=hidden.dtype, device=tokens.device)
 
     def _exchange(self, what: Callable[..., Any], tensor: Tensor, stage: int) -> dist.P2POp:
         return dist.P2POp(what, tensor, dist.get_global_rank(self.group, self.owners[stage]), self.group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,10 +46,15 @@ def load_hugging_face(
     weights = HuggingFaceWeights(folder, stored, load_family("llama"))
     infos = weights.infos()
     check_usable(folder, [f"it has no {name}" for name, _ in parameters if name not in infos])
+    fill(parameters, weights)
+    return lines
+
+
+def fill(parameters: Iterable[tuple[str, nn.Parameter]], weights: Weights) -> None:
+    """Fill this rank's share of a model with weights of any format that are known to fit."""
     with torch.no_grad():
         for name, parameter in parameters:
             _fill(name, parameter, weights)
-    return lines
 
 
 def compare_models(config: ModelConfig, stored: ModelConfig, folder: Path, excused: Collection[str] = ()) -> list[str]:

@@ -70,6 +70,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         for sink in sinks:
             stack.callback(sink.close)
         validator = Validator(trainer, meter, sinks, watchdog, lambda: end_if_told(trainer, saver, warning))
+        stack.callback(validator.close)
         collector = stack.enter_context(GarbageCollector(config.training.gc_interval))
         profile = stack.enter_context(
             Profile(config.profiling, trainer.directory.profiles, dist.get_rank(), state.step)

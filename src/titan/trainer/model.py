@@ -120,7 +120,7 @@ def build_model(
         [owner[stage] for stage in range(n_stages)],
         stage_group,
         microbatches,
-        shapes[1],
+        shapes,
     )
     if config.model.tie_embeddings:
         first, last = (next(rank for rank, own in enumerate(ranks) if stage in own) for stage in (0, n_stages - 1))

@@ -31,6 +31,7 @@ from titan.metrics.meter import Meter, validation_row
 from titan.metrics.sinks import Sink
 from titan.parallel.fsdp import forget_forward
 from titan.trainer.build import Trainer
+from titan.trainer.samples import Samples
 from titan.trainer.watchdog import Watchdog
 
 _ROUNDS_AT_ONCE = 4
@@ -70,10 +71,16 @@ class Validator:
         self.watchdog, self.end_if_told = watchdog, end_if_told
         step = trainer.state.step
         self._done = step if self._is_recorded(step) else step - 1
+        self.samples = Samples(trainer)
 
     def rewind(self, step: int) -> None:
         """Go back with the run to a step that it had gone on from, so its own validation is done."""
         self._done = min(self._done, step)
+        self.samples.rewind(step)
+
+    def close(self) -> None:
+        """Write what is still waiting, if that can be done."""
+        self.samples.close()
 
     def is_due(self, step: int) -> bool:
         """Return whether the weights of a step are validated."""
@@ -95,7 +102,9 @@ class Validator:
         with self.watchdog.extended():
             found = validate(trainer, trainer.held_out, self.end_if_told)
         seconds = time.perf_counter() - began
-        self.meter.validation_seconds += seconds
+        with self.watchdog.extended():
+            self.samples.take(step, self.end_if_told)
+        self.meter.validation_seconds += time.perf_counter() - began
         self._done = step
         if not math.isfinite(found.loss) and dist.get_rank() == 0:
             logger.warning(f"step {step}: the validation loss is {found.loss}")

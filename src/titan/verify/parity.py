@@ -199,7 +199,7 @@ def build_layout(
         cluster=replace(cluster, nodes=1, devices_per_node=ranks, device=Device.cpu),
         checkpoint=checkpoint or CheckpointConfig(mode=CheckpointMode["disabled"]),
         profiling=replace(config.profiling, enable=False, memory_snapshot=False),
-        validation=replace(config.validation, interval=0),
+        validation=replace(config.validation, interval=0, sample_prompts=[]),
         training=replace(config.training, attention=Attention.default),  # which kernels there are depends on the device
     )
     if shrink:
