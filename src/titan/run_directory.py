@@ -9,7 +9,8 @@
               metrics.jsonl   one line a logged step
               data.jsonl      one line a step: which rows it had
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
-              logs/           one file per rank and attempt; and .stacks beside it, after a hang
+              logs/           one file per rank and attempt; and .stacks beside it, after a hang; console.log, where a
+                              program has started it
               checkpoints/    step_00000010/ and so on
               slurm/          batch script and console of a job, where SLURM ran it
 
@@ -97,6 +98,11 @@ class RunDirectory:
     def log(self, rank: int, attempt: int) -> Path:
         """Return the log file of one rank in one attempt."""
         return self.path / "logs" / f"rank_{rank:05d}.attempt_{attempt}.log"
+
+    @property
+    def console(self) -> Path:
+        """What a run that a program has started writes on its console, appended."""
+        return self.path / "logs" / "console.log"
 
     def stacks(self, rank: int, attempt: int) -> Path:
         """Return the file for the Python stacks of one rank that hangs, or waits for one that does."""
