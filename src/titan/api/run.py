@@ -46,7 +46,7 @@ class Status:
     """What became of a run so far."""
 
     state: str
-    """starting, pending (in SLURM's queue), running, complete, preempted, failed; lost: says that it runs, but is gone."""
+    """starting, pending (in SLURM's queue), running, complete, preempted, failed; lost: it runs no more."""
     why: str = ""
     """The reason, where the state has one."""
     step: int | None = None
