@@ -32,7 +32,7 @@ from titan.doctor.surroundings import (
 )
 from titan.errors import INTERRUPTED
 
-_SECONDS = 18.0
+_SECONDS = 17.0
 _SHARE_OF_FILES = 0.35
 """Of the time: for what needs no torch. The rest is for what does."""
 

@@ -40,7 +40,7 @@ def find_computing(seconds: float) -> list[Finding]:
             probe.wait()
         reader.join(1)
         error = Path(folder, "0.err").read_text(errors="replace").strip().splitlines()
-    findings = [finding for values in said for finding in judge(values)]
+    findings = [finding for values in said for finding in _judge_surely(values)]
     done = [values["check"] for values in said]
     missing = list(dict.fromkeys(name for name in _EXPECTED if done.count(name) < _EXPECTED.count(name)))
     if missing:
@@ -54,13 +54,20 @@ def find_computing(seconds: float) -> list[Finding]:
     return [without_secrets(finding) for finding in findings]
 
 
-def judge(values: dict[str, Any]) -> Iterable[Finding]:
+def _judge_surely(values: dict[str, Any]) -> list[Finding]:
+    try:
+        return list(judge(values))
+    except Exception as error:  # no check is fatal
+        return [note(str(values["check"]), f"could not be judged: {type(error).__name__}: {error}: {values}")]
+
+
+def judge(given: dict[str, Any]) -> Iterable[Finding]:
     """Return what a probe's measurement means."""
-    check = values["check"]
+    check, values = given["check"], {name: value for name, value in given.items() if name != "check"}
     if check == "collective":
         return _judge_collective(values)
     if "error" in values:
-        return [problem(_TITLES[check], values["error"], "python -c 'import torch; print(torch.cuda.is_available())'")]
+        return [problem(_TITLES.get(check, check), values["error"], "python -c 'import torch; print(torch.cuda.is_available())'")]
     if check == "torch":
         return _judge_torch(values)
     if check == "devices":

@@ -42,17 +42,17 @@ class Finding:
     """What was measured, with units in the names."""
 
 
-def ok(check: str, what: str, **values: Any) -> Finding:
+def ok(check: str, what: str, /, **values: Any) -> Finding:
     """Return a finding that nothing has to be done about."""
     return Finding(check, Level.ok, what, "", values)
 
 
-def note(check: str, what: str, advice: str = "", **values: Any) -> Finding:
+def note(check: str, what: str, advice: str = "", /, **values: Any) -> Finding:
     """Return a finding that limits what can be done here, or how fast."""
     return Finding(check, Level.note, what, advice, values)
 
 
-def problem(check: str, what: str, advice: str, **values: Any) -> Finding:
+def problem(check: str, what: str, advice: str, /, **values: Any) -> Finding:
     """Return a finding that a run would fail of."""
     return Finding(check, Level.problem, what, advice, values)
 
