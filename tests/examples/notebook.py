@@ -1,4 +1,4 @@
-"""Runs the notebook of examples/ in a kernel of its own: `python -m tests.examples.notebook` with --write writes its outputs anew."""
+"""Runs the notebook of examples/ in a kernel; `python -m tests.examples.notebook --write` writes its outputs anew."""
 
 from __future__ import annotations
 

@@ -67,7 +67,8 @@ def judge(given: dict[str, Any]) -> Iterable[Finding]:
     if check == "collective":
         return _judge_collective(values)
     if "error" in values:
-        return [problem(_TITLES.get(check, check), values["error"], "python -c 'import torch; print(torch.cuda.is_available())'")]
+        advice = "python -c 'import torch; print(torch.cuda.is_available())'"
+        return [problem(_TITLES.get(check, check), values["error"], advice)]
     if check == "torch":
         return _judge_torch(values)
     if check == "devices":
