@@ -40,7 +40,7 @@ def test_inside_another_application_of_hydras(other_app: Path) -> None:
 def test_a_mistake_leaves_the_other_application_as_it_was(other_app: Path) -> None:
     """Also where composing fails."""
     with hydra.initialize_config_dir(str(other_app), version_base=None):
-        with pytest.raises(ConfigError, match="training.stps"):
+        with pytest.raises(ConfigError, match=r"training\.stps"):
             titan.compose("training.stps=7")
         assert hydra.compose("app").greeting == "hello"
 
@@ -78,7 +78,7 @@ def test_with_groups_of_ones_own(tmp_path: Path, kind: type) -> None:
     mine = titan.compose("model=mine", config_dir=kind(tmp_path))
     assert (mine.model.n_layers, mine.model.dim) == (3, titan.compose().model.dim)
     assert titan.compose("model=llama3_8b", config_dir=kind(tmp_path)).model.n_layers == 32
-    with pytest.raises(ConfigError, match="model = mine|model=mine"):
+    with pytest.raises(ConfigError, match="mine"):
         titan.compose("model=mine")
 
 

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_before_anything_is_made(mark: str, text_file: Pat
     ):
         with pytest.raises(ConfigError, match=message):
             titan.launch(config)
-    with pytest.raises(TypeError, match="titan.launch takes a config"):
+    with pytest.raises(TypeError, match="takes a config"):
         titan.launch("model=llama3_8b")  # type: ignore[arg-type]
     assert not list(here.iterdir())
     assert not processes_with(mark)
@@ -141,7 +141,7 @@ def test_a_rank_launches_nothing(mark: str, text_file: Path, monkeypatch: pytest
 
 def test_only_a_run_directory_is_attached_to(here: Path) -> None:
     """A folder of something else, and one that is not there."""
-    with pytest.raises(CommandError, match="has no config.yaml"):
+    with pytest.raises(CommandError, match=r"has no config\.yaml"):
         titan.attach(here)
     with pytest.raises(CommandError, match="there is no such folder"):
         titan.attach(here / "none")

@@ -68,7 +68,7 @@ def judge(given: dict[str, Any]) -> Iterable[Finding]:
         return _judge_collective(values)
     if "error" in values:
         advice = "python -c 'import torch; print(torch.cuda.is_available())'"
-        return [problem(_TITLES.get(check, check), values["error"], advice)]
+        return [problem(_TITLES.get(check) or check, values["error"], advice)]
     if check == "torch":
         return _judge_torch(values)
     if check == "devices":
