@@ -139,14 +139,16 @@ class Run:
         deadline = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         ended_at = math.inf
         while True:
-            status = self.status
-            ended_at = min(ended_at, time.monotonic()) if status.has_ended else math.inf
-            # SLURM shows a job as over that it is about to put back into the queue
-            is_settled = self._job is None or not self._job.state().may_go_on
-            if status.has_ended and (is_settled or time.monotonic() > ended_at + SETTLE_SECONDS):
-                return status
+            if self._live_state() is None and (status := self.status).has_ended:
+                ended_at = min(ended_at, time.monotonic())
+                # SLURM shows a job as over that it is about to put back into the queue
+                is_settled = self._job is None or not self._job.state().may_go_on
+                if is_settled or time.monotonic() > ended_at + SETTLE_SECONDS:
+                    return status
+            else:
+                ended_at = math.inf
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.directory} has not ended after {timeout_seconds:g} s: {status}")
+                raise TimeoutError(f"{self.directory} has not ended after {timeout_seconds:g} s: {self.status}")
             time.sleep(_POLL_SECONDS if self._job is None else _SLURM_POLL_SECONDS)
 
     def metrics(self) -> Table:
@@ -268,6 +270,8 @@ def find(run_dir: str | Path) -> Run:
     if starts and starts[-1]["event"] == "submit":
         return Run(directory, job=_job(directory, starts[-1]["job"]))
     process, since = _children.get(directory.path, (None, ""))
+    if process is not None and process.poll() is not None and Run(directory).status.state == "running":
+        return Run(directory)  # somebody else has started it since
     return Run(directory, process, since=since)
 
 
