@@ -15,7 +15,7 @@ from titan.launch.dispatch import freeze
 from titan.launch.environment import CONFIG_DIGEST, config_digest
 from titan.metrics.sinks import JsonLines
 from titan.run_directory import RunDirectory
-from titan.worker import _check_is_launchers
+from titan.worker import check_is_launchers
 
 from .support.command import json_lines
 from .trainer.conftest import Runs
@@ -78,10 +78,10 @@ def test_the_config_of_a_live_run_is_not_changed(runs: Runs) -> None:
     digest = config_digest(directory.config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(CONFIG_DIGEST, digest)
-        _check_is_launchers(directory.config)
+        check_is_launchers(directory.config)
         save_config(runs.config("run", "optimizer.lr=0.5"), directory.config)
         with pytest.raises(ConfigError, match="was changed by another command just after this run was started"):
-            _check_is_launchers(directory.config)
+            check_is_launchers(directory.config)
 
 
 @pytest.fixture

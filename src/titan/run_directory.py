@@ -10,11 +10,11 @@
               data.jsonl      one line a step: which rows it had
               samples.jsonl   one line a prompt and validation, where validation.sample_prompts has any
               skipped_steps.jsonl   steps left out after a spike, appended; a resumed run leaves them out too
-              samples.jsonl   texts that the model went on with, appended
               wandb.json      which run of Weights & Biases this is, and which steps it has been sent
               tensorboard/    event files
               report.html     what titan.report makes of all this
-              logs/           one file per rank and attempt; and .stacks beside it, after a hang
+              logs/           one file per rank and attempt; and .stacks beside it, after a hang; console.log, where a
+                              program has started it
               checkpoints/    step_00000010/ and so on
               slurm/          batch script and console of a job, where SLURM ran it
 
@@ -105,11 +105,6 @@ class RunDirectory:
         return self.path / "skipped_steps.jsonl"
 
     @property
-    def samples(self) -> Path:
-        """One JSON object a text that the model went on with: step, prompt, text, time."""
-        return self.path / "samples.jsonl"
-
-    @property
     def events(self) -> Path:
         """One JSON object for each thing that happened."""
         return self.path / "events.jsonl"
@@ -132,6 +127,11 @@ class RunDirectory:
     def log(self, rank: int, attempt: int) -> Path:
         """Return the log file of one rank in one attempt."""
         return self.path / "logs" / f"rank_{rank:05d}.attempt_{attempt}.log"
+
+    @property
+    def console(self) -> Path:
+        """What a run that a program has started writes on its console, appended."""
+        return self.path / "logs" / "console.log"
 
     def stacks(self, rank: int, attempt: int) -> Path:
         """Return the file for the Python stacks of one rank that hangs, or waits for one that does."""

@@ -27,8 +27,8 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from titan.api.start import run_frozen
 from titan.config.check import check_config
-from titan.config.degrees import world_size
 from titan.config.load import (
     COMPOSITION_ERRORS,
     CONFIG_NAME,
@@ -41,10 +41,9 @@ from titan.config.load import (
     to_typed,
 )
 from titan.config.schema import ClusterKind
-from titan.errors import INTERRUPTED, TERMINATED, ConfigError, Problem, RanksFailed, Stopped, TitanError
+from titan.errors import INTERRUPTED, TERMINATED, ConfigError, Problem, Stopped, TitanError
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import adopt_slurm_step, current_machine, current_rank
-from titan.launch.local import launch_local
 from titan.launch.submit import Outcome, Point, already_complete, submit_points
 from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
@@ -284,20 +283,7 @@ def dispatch(point: Point) -> Outcome:
         logger.info(already_complete(point))
         return ended(0)
     logger.info(f"run        {short_path(directory.path)}")
-    ranks = world_size(config.cluster)
-    if ranks == 1:
-        return ended(worker.main([str(directory.config)]))
-    try:
-        launch_local(directory, ranks, config.cluster.grace_seconds, environment=config.cluster.environment)
-    except TitanError as error:
-        print(f"\n{error}", file=sys.stderr)
-        said = directory.read_status()
-        first = error.rank if isinstance(error, RanksFailed) else None
-        is_refused = error.exit_code == ConfigError.exit_code  # the files may be those of another run, which has them
-        if not is_refused and (said.get("state") == "running" or (first is not None and said.get("rank") != first)):
-            directory.write_status("failed", why=str(error), rank=first, exit_code=error.exit_code)
-        return ended(error.exit_code)
-    return ended(0)
+    return ended(run_frozen(config, directory))
 
 
 def summarise(outcomes: list[Outcome]) -> Iterator[str]:

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
         return 2
     try:
         config = load_config(Path(arguments[0]))
-        _check_is_launchers(Path(arguments[0]))
+        check_is_launchers(Path(arguments[0]))
         adopt_slurm_step(is_rank=True)
         rank = current_rank()
     except TitanError as error:
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None, job: Job | None = None, on_console:
     return run_rank(config, rank or Rank(), job=job, on_console=on_console)
 
 
-def _check_is_launchers(path: Path) -> None:
+def check_is_launchers(path: Path) -> None:
     """See that the config is the one that this rank's launcher has frozen, if titan's own has started it.
 
     Raises:

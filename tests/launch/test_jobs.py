@@ -27,7 +27,7 @@ Says = Callable[..., None]
 def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
     """A SLURM that gives one answer after the other, and the last for ever: a state, with a code where it has ended."""
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    for name, seconds in {"_STATE_SECONDS": 0.0, "_LOG_SECONDS": 0.0, "_SETTLE_SECONDS": 0.3}.items():
+    for name, seconds in {"_STATE_SECONDS": 0.0, "_LOG_SECONDS": 0.0, "SETTLE_SECONDS": 0.3}.items():
         monkeypatch.setattr(jobs, name, seconds)
 
     def write(*answers: str, accounting: str = "") -> None:

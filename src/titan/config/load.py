@@ -26,7 +26,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException, SearchPathException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from titan.config.check import check_config
@@ -287,7 +289,7 @@ def _load_node(path: Path, name: str, schema: type[T]) -> T | None:
 def _hydra(config_dir: str | None = None, search_path: Sequence[str] = ()) -> Iterator[ConfigLoader]:
     """Set Hydra up as `hydra.main` does, and put back what was there."""
     with _lock:
-        before = GlobalHydra.instance().hydra
+        before, base, job = GlobalHydra.instance().hydra, version.getbase(), JobRuntime.instance().get("name")
         GlobalHydra.instance().clear()
         try:
             version.setbase(HYDRA_VERSION)
@@ -306,6 +308,8 @@ def _hydra(config_dir: str | None = None, search_path: Sequence[str] = ()) -> It
             GlobalHydra.instance().clear()
             if before is not None:
                 GlobalHydra.instance().initialize(before)
+            VersionBase.instance().version_base = base  # of which `setbase` would not take "never set"
+            JobRuntime.instance().set("name", job)
 
 
 def _search_path_of(overrides: Sequence[str]) -> list[str]:

@@ -25,7 +25,8 @@ _ENDED = (
 )
 _MAY_CHANGE = ("NODE_FAIL", "PREEMPTED", "UNKNOWN")
 """States that SLURM shows for up to some seconds before it puts the job back into the queue."""
-_SETTLE_SECONDS = 30.0
+SETTLE_SECONDS = 30.0
+"""How long a job may be shown so."""
 _STATE_SECONDS = 2.0
 _LOG_SECONDS = 0.2
 
@@ -45,6 +46,11 @@ class JobState:
     def has_ended(self) -> bool:
         """Whether it is over, as far as SLURM knows at this moment."""
         return self.name in _ENDED
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether SLURM may put it back into the queue within `SETTLE_SECONDS`, although it is over."""
+        return self.name in _MAY_CHANGE
 
 
 @dataclass
@@ -124,7 +130,7 @@ def watch(jobs: Sequence[SlurmJob]) -> Iterator[tuple[SlurmJob, JobState | str]]
             if (state.name, state.reason) != (known[name].name, known[name].reason):
                 known[name], since[name] = state, time.monotonic()
                 yield job, state
-            settled = state.name not in _MAY_CHANGE or time.monotonic() - since[name] > _SETTLE_SECONDS
+            settled = not state.may_go_on or time.monotonic() - since[name] > SETTLE_SECONDS
             if state.has_ended and settled:
                 job.end(job.state() if name in listed else state)  # the list has no exit codes
                 del left[name]

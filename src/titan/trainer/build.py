@@ -123,7 +123,7 @@ def build_trainer(
         model.forward_backward,
         model.evaluate,
         build_feed(config, data, mesh.data_rank, mesh.data_ranks),
-        _positions(config, mesh),
+        held_positions(config, mesh),
         store,
         weights_changed=model.weights_changed,
     )
@@ -141,7 +141,8 @@ def update_compiler(config: TitanConfig) -> str | None:
     return config.compile.backend if config.compile.enable and config.compile.optimizer else None
 
 
-def _positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
+def held_positions(config: TitanConfig, mesh: Mesh) -> Tensor | None:
+    """Return which positions of every row this rank has; None for all."""
     ranks = config.parallelism.cp
     if ranks == 1:
         return None

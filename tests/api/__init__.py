@@ -1,0 +1,1 @@
+"""titan's Python interface."""
