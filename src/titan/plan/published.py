@@ -1,0 +1,143 @@
+"""What TorchTitan published of its runs, and what a plan says of the same.
+
+The runs are written as titan's configs, so they go through all that a plan of a user's goes through. Where the
+program was another (`titan.plan.assumptions.TORCHTITAN_2024`), or its defaults, that is stated here: all logits at once
+(loss_chunk_size=0), FlashAttention 2, as many microbatches in a pipeline as it has ranks, keys and values gathered
+under context parallelism.
+
+The two constants that are fitted are fitted to the first row alone. `python -m titan.plan published` prints the table.
+
+Source:
+    https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from titan.config.check import check_config
+from titan.config.degrees import Machine
+from titan.config.load import compose
+from titan.config.schema import TitanConfig
+from titan.plan.assumptions import TORCHTITAN_2024, Assumptions
+from titan.plan.calibration import fit
+from titan.plan.devices import find_device
+from titan.plan.planner import Plan, build_plan
+
+MEMORY_BOUND = 0.15
+"""How far a plan's memory may be off."""
+SPEED_BOUND = 0.25
+"""How far its tokens/s may be off."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published run."""
+
+    table: int
+    name: str
+    overrides: tuple[str, ...]
+    tokens_per_second: float
+    """Of a GPU."""
+    memory_gib: float
+
+
+_COMMON = ("cluster=simulated", "cluster.devices_per_node=8", "training.loss_chunk_size=0", "training.attention=flash")
+_COMPILED = ("compile=inductor", "compile.loss=false")
+_FLOAT8 = (*_COMPILED, "float8=tensorwise")
+_SMALL = (*_COMMON, "model=llama3_8b", "parallelism=fsdp", "training.seq_len=8192", "training.local_batch_size=2",
+          "activation_checkpoint=selective")  # fmt: skip
+_LONG = (*_COMMON, *_FLOAT8, "model=llama3_8b", "parallelism=fsdp", "training.local_batch_size=1",
+         "activation_checkpoint=full")  # fmt: skip
+_70B = (*_COMMON, *_FLOAT8, "model=llama3_70b", "parallelism=fsdp_tp", "parallelism.tp=8", "cluster.nodes=32",
+        "training.seq_len=8192", "training.local_batch_size=16", "activation_checkpoint=full")  # fmt: skip
+_405B = (*_COMMON, *_FLOAT8, "model=llama3_405b", "parallelism=fsdp_tp_pp", "parallelism.tp=8", "parallelism.pp=8",
+         "parallelism.pp_microbatches=8", "parallelism.async_tp=true", "cluster.nodes=64",
+         "activation_checkpoint=full")  # fmt: skip
+_MANY = (*_405B, "training.seq_len=8192", "training.local_batch_size=32")
+
+
+def _long(model: tuple[str, ...], cp: int, *others: str) -> tuple[str, ...]:
+    return (*model, f"parallelism.cp={cp}", f"training.seq_len={32768 * cp}", *others)
+
+
+ROWS = (
+    Row(1, "8B, 8 GPUs", _SMALL, 5762, 82.4),
+    Row(1, "8B, 8 GPUs, compile", (*_SMALL, *_COMPILED), 6667, 77.0),
+    Row(1, "8B, 8 GPUs, compile, float8", (*_SMALL, *_FLOAT8), 8532, 76.8),
+    Row(2, "8B, 8 GPUs, cp 1, 32,768", _long(_LONG, 1), 3890, 83.9),
+    Row(2, "8B, 8 GPUs, cp 2, 65,536", _long(_LONG, 2), 2540, 84.2),
+    Row(2, "8B, 8 GPUs, cp 4, 131,072", _long(_LONG, 4), 1071, 84.0),
+    Row(2, "8B, 8 GPUs, cp 8, 262,144", _long(_LONG, 8, "model.max_seq_len=262144"), 548, 84.5),
+    Row(3, "8B, 128 GPUs", (*_SMALL, "cluster.nodes=16"), 5605, 67.0),
+    Row(3, "8B, 128 GPUs, compile", (*_SMALL, *_COMPILED, "cluster.nodes=16"), 6514, 62.0),
+    Row(3, "8B, 128 GPUs, compile, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=16"), 8380, 61.8),
+    Row(4, "70B, 256 GPUs, tp 8", _70B, 829, 71.9),
+    Row(4, "70B, 256 GPUs, tp 8, async", (*_70B, "parallelism.async_tp=true"), 876, 67.6),
+    Row(5, "405B, 512 GPUs, tp 8, pp 8, 1F1B", (*_MANY, "parallelism.pp_schedule=1F1B"), 100, 82.5),
+    Row(5, "405B, 512 GPUs, tp 8, pp 8, interleaved", (*_MANY, "parallelism.pp_schedule=Interleaved1F1B"), 128, 72.7),
+    *(
+        Row(6, f"405B, 512 GPUs, tp 8, pp 8, cp {cp}, {32768 * cp:,}",
+            _long(_405B, cp, "training.local_batch_size=8", "model.max_seq_len=262144"), speed, memory)
+        for cp, speed, memory in ((1, 76, 75.3), (2, 47, 75.9), (4, 31, 77.1), (8, 16, 84.9))
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A published run beside its plan."""
+
+    row: Row
+    plan: Plan
+
+    @property
+    def memory_error(self) -> float:
+        """How much too high the plan's memory is, as a share."""
+        return self.plan.memory_gib / self.row.memory_gib - 1
+
+    @property
+    def speed_error(self) -> float:
+        """How much too high the plan's tokens/s are, as a share."""
+        assert self.plan.tokens_per_second_per_device is not None, "of an H100"
+        return self.plan.tokens_per_second_per_device / self.row.tokens_per_second - 1
+
+
+def config_of(row: Row) -> TitanConfig:
+    """Return a published run as titan's resolved config."""
+    return check_config(compose(row.overrides), Machine(gpus=8))
+
+
+def fitted_to_first_row() -> Assumptions:
+    """Return the assumptions with the two constants that the first row gives."""
+    row, device = ROWS[0], find_device("h100_96gb")
+    config = config_of(row)
+    tokens = config.training.global_batch_size * config.training.seq_len
+    seconds = tokens / (row.tokens_per_second * 8)
+    return fit(config, device, Assumptions(), seconds, row.memory_gib, TORCHTITAN_2024)
+
+
+def compare() -> list[Compared]:
+    """Return every row beside its plan."""
+    assumptions, device = fitted_to_first_row(), find_device("h100_96gb")
+    return [Compared(row, build_plan(config_of(row), device, assumptions, TORCHTITAN_2024)) for row in ROWS]
+
+
+def table(compared: list[Compared]) -> Iterator[str]:
+    """Return the comparison as lines of Markdown."""
+    yield "| table | run | GiB published | planned | off | tokens/s a GPU published | planned | off | |"
+    yield "|---|---|---:|---:|---:|---:|---:|---:|---|"
+    for number, each in enumerate(compared):
+        memory, speed = each.memory_error, each.speed_error
+        missed = [
+            what
+            for what, error, bound in (("memory", memory, MEMORY_BOUND), ("tokens/s", speed, SPEED_BOUND))
+            if abs(error) > bound
+        ]
+        note = "fitted" if number == 0 else f"**{' and '.join(missed)} missed**" if missed else ""
+        row, plan = each.row, each.plan
+        yield (
+            f"| {row.table} | {row.name} | {row.memory_gib} | {plan.memory_gib:.1f} | {memory:+.1%} "
+            f"| {row.tokens_per_second:,} | {plan.tokens_per_second_per_device:,.0f} | {speed:+.1%} | {note} |"
+        )
