@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from titan.config.degrees import stages_of_ranks
 from titan.config.load import load_config
 from titan.config.schema import Device, TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.devices import Accelerator
 from titan.plan.memory import rank_memory
+from titan.plan.planner import Plan
 from titan.plan.rank import Shapes
 from titan.plan.speed import time_step
 from titan.run_directory import RunDirectory, read_objects, write_atomically
@@ -29,6 +30,7 @@ LEAST_ROWS = 3
 """Logged steps that a calibration needs: one that is left out, one to fit, one to hold against."""
 _KIND = "titan plan calibration"
 _LARGEST_EFFICIENCY = 1.0
+_LARGE_ERROR = 0.1
 _LARGEST_RATE = 1e3  # TFLOP/s of a device whose peak is not known
 
 
@@ -159,20 +161,38 @@ def fit(
         low, high = (middle, high) if timing.step > seconds else (low, middle)
     fitted = replace(assumptions, matmul_efficiency=high)
     if memory_gib:
-        counted = max(rank_memory(config, rank, replace(fitted, memory_overhead=1.0), system, shapes).total
-                      for rank in logging_ranks(config))  # fmt: skip
+        bare = replace(fitted, memory_overhead=1.0)
+        ranks = range(config.parallelism.pp)  # metrics.jsonl has the fullest rank's
+        counted = max(rank_memory(config, rank, bare, system, shapes).total for rank in ranks)
         fitted = replace(fitted, memory_overhead=max(1.0, memory_gib * GIB / counted))
     return fitted
 
 
 def with_peak(device: Accelerator) -> Accelerator:
     """Return a device whose peak is not known as one of 1 TFLOP/s, so that its efficiency is a rate."""
-    return device if device.peak_tflops is not None else replace(device, peak_tflops=1.0)
+    return device if device.peak_tflops is not None else replace(device, peak_tflops=1.0, is_peak_known=False)
 
 
-def logging_ranks(config: TitanConfig) -> list[int]:
-    """Return the pipeline ranks whose memory metrics.jsonl shows: the one that writes it."""
-    return [0] if config.parallelism.pp == 1 else list(range(len(stages_of_ranks(config.parallelism))))
+def describe(found: Calibration, measured: Measured, before: Plan, after: Plan) -> Iterator[str]:
+    """Return what was fitted, and how far plans of the same run are off, as lines."""
+    seconds = statistics.median(measured.seconds)
+    yield (
+        f"calibrated {found.source}: {found.model} on {found.device}, {len(measured.seconds)} logged steps of "
+        f"{seconds:.3f} s (median), {measured.memory_gib:.2f} GiB"
+    )
+    unit = "" if after.device.is_peak_known else " TFLOP/s, for nobody knows the peak"
+    yield f"  matmul_efficiency {found.matmul_efficiency:.4g}{unit} (was {before.assumptions.matmul_efficiency:g})"
+    if found.memory_overhead is None:
+        yield "  memory_overhead is not fitted: on a CPU memory_gib is the whole process's, with PyTorch in it"
+    else:
+        was = f"was {before.assumptions.memory_overhead:g}, {before.memory_gib:.2f} GiB"
+        yield f"  memory_overhead {found.memory_overhead:.4g} ({was}); a plan of it says {after.memory_gib:.2f} GiB now"
+    assert before.timing is not None, "the peak is known, or 1"
+    if before.device.is_peak_known:
+        yield f"  error before: {before.timing.step / seconds - 1:+.1%} of a step's seconds"
+    yield f"  error after, on the later half of the steps, which it was not fitted to: {found.speed_error:+.1%}"
+    if abs(found.speed_error) > _LARGE_ERROR:
+        yield "  that is much: the run's speed changed, or something else than what is planned limits it"
 
 
 def store(calibration: Calibration, path: Path) -> None:

@@ -40,6 +40,8 @@ class Accelerator:
     """To the CPU's memory."""
     note: str = ""
     """What else is to be known."""
+    is_peak_known: bool = True
+    """Whether the peak is one, and no mere unit of what was measured."""
 
 
 _SXM = "SXM, NVLink, 400 Gb/s of network for each"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from titan.config.degrees import pipeline_microbatches, plan_stages, stages_of_ranks
-from titan.config.schema import Dtype, Float8Recipe, TitanConfig
+from titan.config.schema import Dtype, Float8Recipe, ParallelismConfig, TitanConfig
 
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w3", "w2")
 _PARENT = {name: "attention" if name in ("wq", "wk", "wv", "wo") else "feed_forward" for name in MATRICES}
@@ -26,11 +26,6 @@ class Stage:
     blocks: tuple[int, ...]
     has_embedding: bool
     has_output: bool
-
-    @property
-    def has_head(self) -> bool:
-        """Whether there is anything besides blocks."""
-        return self.has_embedding or self.has_output
 
 
 @dataclass(frozen=True)
@@ -166,17 +161,31 @@ class Shapes:
         return len(stage.blocks) * self.shard_of_block + ends * self.shard_of_words + norm
 
 
-def stages_of(config: TitanConfig) -> list[tuple[Stage, ...]]:
+def stages_of(config: TitanConfig) -> tuple[tuple[Stage, ...], ...]:
     """Return the stages of every pipeline rank."""
     settings, layers = config.parallelism, config.model.n_layers
     if settings.pp == 1:
-        return [(Stage(tuple(range(layers)), True, True),)]
+        return ((Stage(tuple(range(layers)), True, True),),)
+    modules = settings.pp_modules
+    if modules is not None or settings.pp_schedule_csv is not None:
+        return _build_stages(layers, settings, modules)
+    key = (settings.pp, settings.pp_schedule.name, settings.pp_stages_per_rank)
+    key = (layers, *key, settings.pp_less_first, settings.pp_less_last)
+    if key not in _built:  # a search asks again and again
+        _built[key] = _build_stages(layers, settings, None)
+    return _built[key]
+
+
+_built: dict[tuple[object, ...], tuple[tuple[Stage, ...], ...]] = {}
+
+
+def _build_stages(
+    layers: int, settings: ParallelismConfig, modules: list[list[str]] | None
+) -> tuple[tuple[Stage, ...], ...]:
     ranks = stages_of_ranks(settings)
-    plan = settings.pp_modules or plan_stages(
-        layers, sum(map(len, ranks)), settings.pp_less_first, settings.pp_less_last
-    )
-    stages = list(_read_plan(plan))
-    return [tuple(stages[index] for index in own) for own in ranks]
+    count = sum(map(len, ranks))
+    stages = list(_read_plan(modules or plan_stages(layers, count, settings.pp_less_first, settings.pp_less_last)))
+    return tuple(tuple(stages[index] for index in own) for own in ranks)
 
 
 def _read_plan(plan: list[list[str]]) -> Iterator[Stage]:

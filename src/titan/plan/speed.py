@@ -171,7 +171,9 @@ def _rates(config: TitanConfig, device: Accelerator, assumptions: Assumptions) -
     product = peak * 1e12 * assumptions.matmul_efficiency
     recipe = config.float8.recipe
     float8 = assumptions.float8_efficiency if recipe is Float8Recipe.tensorwise else assumptions.rowwise_efficiency
-    links = {axis: link_bandwidth(config, device, assumptions, axis) for axis in ("tp", "cp", "fsdp", "dp_replicate", "pp")}
+    links = {
+        axis: link_bandwidth(config, device, assumptions, axis) for axis in ("tp", "cp", "fsdp", "dp_replicate", "pp")
+    }
     return _Rates(
         product,
         2 * product * float8 if device.has_float8 and recipe is not Float8Recipe.none else product,
@@ -291,7 +293,8 @@ def _elementwise_bytes(config: TitanConfig, shapes: Shapes, system: System) -> f
 
 def _cast_bytes(config: TitanConfig, shapes: Shapes) -> float:
     """Read and written by casts to float8, in a forward pass: twice read (the largest, then all), written in two
-    orders."""
+    orders.
+    """
     if not shapes.float8_share:
         return 0.0
     tp, dim = config.parallelism.tp, config.model.dim
@@ -393,9 +396,7 @@ def _fsdp(
     reduced, replicated = whole * part, 2 * whole / ranks * (replicas - 1) / replicas
     gather = gathered / rates.links["fsdp"]
     reduce = reduced / rates.links["fsdp"] + replicated / rates.links["dp_replicate"]
-    forward, backward = (
-        seconds * assumptions.overlap for seconds in (own.forward, own.total - own.forward)
-    )
+    forward, backward = (seconds * assumptions.overlap for seconds in (own.forward, own.total - own.forward))
     is_freed = frees_blocks(config)
     forwards, backwards = (count, count) if is_freed else (1, 0)
     seconds = forwards * max(0.0, gather - forward) + max(0, backwards - 1) * max(0.0, gather - backward)
