@@ -21,7 +21,7 @@ from pathlib import Path
 
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
-from titan.errors import INTERRUPTED, ConfigError, Problem, TitanError
+from titan.errors import INTERRUPTED, CommandError, Problem, TitanError
 from titan.plan import calibration as calibrations
 from titan.plan.assumptions import Assumptions
 from titan.plan.devices import DEVICES, Accelerator
@@ -48,7 +48,7 @@ def main() -> int:
         return INTERRUPTED
     except BrokenPipeError:  # nobody reads on
         sys.stderr.close()
-        return ConfigError.exit_code
+        return CommandError.exit_code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,7 +103,7 @@ def _assumptions(
     if not (given.calibrate or given.calibration):
         return assumptions, device
     if given.calibrate:
-        measured = calibrations.read_run(Path(given.calibrate), config.model.name)
+        measured = calibrations.read_run(Path(given.calibrate), config.model)
         found = calibrations.calibrate(measured, device, assumptions)
         before = build_plan(measured.config, calibrations.with_peak(device), assumptions)
         after = build_plan(measured.config, calibrations.with_peak(device), found.apply(assumptions))
@@ -150,10 +150,10 @@ def _describe_search(found: Search, plan: Plan) -> Iterator[str]:
         f"{found.fitting:,} fit"
     )
     for place, each in enumerate(found.best, 1):
-        assert each.timing is not None
-        assert each.mfu is not None
+        assert each.timing is not None, "the peak is known, or 1"
+        mfu = "" if each.mfu is None else f"mfu {each.mfu:.1%}, "
         yield (
-            f"{place:>3}. {each.tokens_per_second_per_device:,.0f} tokens/s a device, mfu {each.mfu:.1%}, "
+            f"{place:>3}. {each.tokens_per_second_per_device:,.0f} tokens/s a device, {mfu}"
             f"{each.timing.step:.3g} s a step, {each.memory_gib:.1f} GiB, {describe_layout(each)}"
         )
         yield f"     {' '.join(overrides_of(each.config, plan.config))}"
@@ -182,8 +182,8 @@ def _published(rest: list[str]) -> int:
     return 0
 
 
-def _wrong(what: str, suggestion: str, why: str = "") -> ConfigError:
-    return ConfigError([Problem(what, why, suggestion)])
+def _wrong(what: str, suggestion: str, why: str = "") -> CommandError:
+    return CommandError(str(Problem(what, why, suggestion)))
 
 
 def _positive(text: str) -> float:

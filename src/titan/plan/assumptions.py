@@ -7,16 +7,17 @@ are stated, not fitted, and the same for every model, layout and number of devic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """Shares of what the data sheets say, and what lies outside of the count."""
 
-    matmul_efficiency: float = 0.54
-    """Share of the peak that large bfloat16 products reach while all else goes on; fitted to the first published row."""
-    memory_overhead: float = 1.17
+    matmul_efficiency: float = 0.535
+    """Share of the peak that large bfloat16 products reach while all else goes on; fitted to the first published
+    row."""
+    memory_overhead: float = 1.132
     """What the allocator reserves over what is counted, for memory comes in pieces; fitted to the first published
     row."""
     attention_efficiency: float = 0.47
@@ -60,8 +61,8 @@ class System:
     name: str
     loss_bytes: int = 12
     """Bytes a logit at the peak of a loss of all logits at once: the softmax and two gradients, in float32."""
-    parallel_loss_bytes: int = 8
-    """The same where every rank has some of the words."""
+    parallel_loss_bytes: int = 10
+    """The same where every rank has some of the words: the product, its copy in float32, the gradient."""
     norm_passes: int = 2
     """How often an RMSNorm that is not compiled reads or writes its input, in units of two bytes a number."""
     rope_passes: int = 28
@@ -75,11 +76,13 @@ class System:
 TITAN = System("titan")
 TORCHTITAN_2024 = System(
     "torchtitan of December 2024",
-    parallel_loss_bytes=16,
+    parallel_loss_bytes=18,
     norm_passes=18,
     rope_passes=10,
     gathers_float8=True,
     keeps_logits=True,
 )
-"""Its DTensor loss makes the shifted logits, their exponentials and two gradients anew; RMSNorm was not one kernel yet;
-its float8 plans cast before they gather; PyTorch's stages kept every output."""
+"""Its DTensor loss keeps the product and makes the shifted logits, their exponentials and two gradients anew; RMSNorm
+was not one kernel yet; its float8 plans cast before they gather; PyTorch's stages kept every output."""
+TORCHTITAN_2025 = replace(TORCHTITAN_2024, name="torchtitan of June 2025", loss_bytes=4)
+"""It compiled the loss: the product and its gradient, in bfloat16, are all there is of the logits."""

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from titan.config.keys import flatten
 from titan.config.load import load_config
-from titan.config.schema import Device, TitanConfig
-from titan.errors import ConfigError, Problem
+from titan.config.schema import Device, ModelConfig, TitanConfig
+from titan.errors import CommandError, Problem
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.devices import Accelerator
 from titan.plan.memory import rank_memory
@@ -64,7 +65,7 @@ class Calibration:
         return replace(assumptions, matmul_efficiency=self.matmul_efficiency, memory_overhead=overhead)
 
 
-def read_run(path: Path, model: str | None = None) -> Measured:
+def read_run(path: Path, model: ModelConfig | None = None) -> Measured:
     """Return what a run has measured.
 
     Args:
@@ -72,7 +73,7 @@ def read_run(path: Path, model: str | None = None) -> Measured:
         model: The one that is to be planned; None takes any.
 
     Raises:
-        ConfigError: If there is no run, or not one that can be learned from.
+        CommandError: If there is no run, or not one that can be learned from.
     """
     directory = RunDirectory(path)
     if not path.is_dir():
@@ -80,12 +81,14 @@ def read_run(path: Path, model: str | None = None) -> Measured:
     if not directory.config.is_file():
         raise _refuse(path, "It has no config.yaml, so it is no run's folder.", "--calibrate <run.dir>")
     config = load_config(directory.config)
-    if model is not None and config.model.name != model:
+    if model is not None and config.model != model:
+        mine, its = flatten(model), flatten(config.model)
+        keys = [key for key in mine if mine[key] != its.get(key)]
         raise _refuse(
             path,
-            f"It trained model={config.model.name}, and model={model} is to be planned.",
-            f"model={config.model.name}   to calibrate with it; --store FILE, then --calibration FILE, takes the result "
-            "to other models knowingly",
+            f"It trained another model than is to be planned: "
+            f"{', '.join(f'{key} {its.get(key)} and not {mine[key]}' for key in keys[:4])}.",
+            f"model={config.model.name} --store FILE   and then --calibration FILE, which any model may take",
         )
     state = directory.read_status().get("state")
     if state == "running":
@@ -114,20 +117,17 @@ def calibrate(measured: Measured, device: Accelerator, assumptions: Assumptions)
     """Fit to the first half of a run's steps; holds the result against the second.
 
     Raises:
-        ConfigError: If the run was on another kind of device.
+        CommandError: If the run was on another kind of device.
     """
     config = measured.config
     is_cpu = config.cluster.device is Device.cpu
     if is_cpu != (device.name == "cpu"):
         where = "CPU" if is_cpu else "GPU"
-        raise ConfigError(
-            [
-                Problem(
-                    f"--calibrate {measured.source} is a run on a {where}, and --device is {device.name}",
-                    suggestion="--device cpu" if is_cpu else "--device h100",
-                )
-            ]
+        problem = Problem(
+            f"--calibrate {measured.source} is a run on a {where}, and --device is {device.name}",
+            suggestion="--device cpu" if is_cpu else "--device h100",
         )
+        raise CommandError(str(problem))
     half = max(1, len(measured.seconds) // 2)
     first, second = measured.seconds[:half], measured.seconds[half:]
     fitted = fit(config, device, assumptions, statistics.median(first), None if is_cpu else measured.memory_gib)
@@ -204,7 +204,7 @@ def load(path: Path) -> Calibration:
     """Read a calibration.
 
     Raises:
-        ConfigError: If the file is none.
+        CommandError: If the file is none.
     """
     try:
         found: Any = json.loads(path.read_text())
@@ -217,12 +217,12 @@ def load(path: Path) -> Calibration:
             f"--calibration {path} is no calibration of titan.plan: {reason}",
             suggestion="--calibrate <run.dir> --store FILE   which makes one",
         )
-        raise ConfigError([problem]) from error
+        raise CommandError(str(problem)) from error
 
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and value > 0
 
 
-def _refuse(path: Path, why: str, suggestion: str) -> ConfigError:
-    return ConfigError([Problem(f"--calibrate {path} cannot be learned from", why, suggestion)])
+def _refuse(path: Path, why: str, suggestion: str) -> CommandError:
+    return CommandError(str(Problem(f"--calibrate {path} cannot be learned from", why, suggestion)))

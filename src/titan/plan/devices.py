@@ -10,7 +10,7 @@ import difflib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from titan.errors import ConfigError, Problem
+from titan.errors import CommandError, Problem
 from titan.models.flops import PEAK_TFLOPS
 
 
@@ -67,22 +67,19 @@ def find_device(name: str) -> Accelerator:
     """Return a device of the table.
 
     Raises:
-        ConfigError: If there is none of that name.
+        CommandError: If there is none of that name.
     """
     key = name.lower().replace("-", "_").replace(" ", "_")
     found = DEVICES.get(key)
     if found is None:
         near = difflib.get_close_matches(key, DEVICES, n=1, cutoff=0.3) or ["h100"]
-        raise ConfigError(
-            [
-                Problem(
-                    f"--device {name} is no device of the table",
-                    f"There are: {', '.join(DEVICES)}. Another one: the nearest, and --peak-tflops, --memory-gib, "
-                    "--memory-bandwidth, --node-bandwidth, --network-bandwidth.",
-                    f"--device {near[0]}",
-                )
-            ]
+        problem = Problem(
+            f"--device {name} is no device of the table",
+            f"There are: {', '.join(DEVICES)}.\nAnother one: the nearest, and --peak-tflops, --memory-gib, "
+            "--memory-bandwidth, --node-bandwidth, --network-bandwidth.",
+            f"--device {near[0]}",
         )
+        raise CommandError(str(problem))
     return found if found.name != "cpu" else replace(found, memory_gib=machine_memory_gib())
 
 

@@ -173,7 +173,7 @@ def loss_bytes(shapes: Shapes, system: System = TITAN) -> float:
     if chunk:
         logits = min(chunk, tokens) * words * (2 * a + 8)
         return hidden + logits + tokens * dim * a + words * dim * (8 + a)
-    each = a + system.parallel_loss_bytes if is_cut else max(a + 8, system.loss_bytes)
+    each = system.parallel_loss_bytes if is_cut else system.loss_bytes
     return hidden + tokens * words * each
 
 

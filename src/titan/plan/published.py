@@ -7,20 +7,23 @@ under context parallelism.
 
 The two constants that are fitted are fitted to the first row alone. `python -m titan.plan published` prints the table.
 
+A second set of rows is of June 2025, by a later program; no constant was chosen by them.
+
 Source:
-    https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md
+    https://github.com/pytorch/torchtitan/tree/main/benchmarks: llama3_h100_202412_torchtitan.md (tables 1 to 6),
+    asyncTP_llama3_h100_2025-06_torchtitan.md, llama3-8b_h200_202506_trainy-whitefiber.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titan.config.check import check_config
-from titan.config.degrees import Machine
-from titan.config.load import compose
+from titan.config.degrees import Machine, world_size
+from titan.config.load import compose_points, to_typed
 from titan.config.schema import TitanConfig
-from titan.plan.assumptions import TORCHTITAN_2024, Assumptions
+from titan.plan.assumptions import TORCHTITAN_2024, TORCHTITAN_2025, Assumptions, System
 from titan.plan.calibration import fit
 from titan.plan.devices import find_device
 from titan.plan.planner import Plan, build_plan
@@ -35,12 +38,14 @@ SPEED_BOUND = 0.25
 class Row:
     """A published run."""
 
-    table: int
+    table: str
+    """Where it is published."""
     name: str
     overrides: tuple[str, ...]
     tokens_per_second: float
     """Of a GPU."""
-    memory_gib: float
+    memory_gib: float | None = None
+    device: str = "h100_96gb"
 
 
 _COMMON = ("cluster=simulated", "cluster.devices_per_node=8", "training.loss_chunk_size=0", "training.attention=flash")
@@ -63,26 +68,49 @@ def _long(model: tuple[str, ...], cp: int, *others: str) -> tuple[str, ...]:
 
 
 ROWS = (
-    Row(1, "8B, 8 GPUs", _SMALL, 5762, 82.4),
-    Row(1, "8B, 8 GPUs, compile", (*_SMALL, *_COMPILED), 6667, 77.0),
-    Row(1, "8B, 8 GPUs, compile, float8", (*_SMALL, *_FLOAT8), 8532, 76.8),
-    Row(2, "8B, 8 GPUs, cp 1, 32,768", _long(_LONG, 1), 3890, 83.9),
-    Row(2, "8B, 8 GPUs, cp 2, 65,536", _long(_LONG, 2), 2540, 84.2),
-    Row(2, "8B, 8 GPUs, cp 4, 131,072", _long(_LONG, 4), 1071, 84.0),
-    Row(2, "8B, 8 GPUs, cp 8, 262,144", _long(_LONG, 8, "model.max_seq_len=262144"), 548, 84.5),
-    Row(3, "8B, 128 GPUs", (*_SMALL, "cluster.nodes=16"), 5605, 67.0),
-    Row(3, "8B, 128 GPUs, compile", (*_SMALL, *_COMPILED, "cluster.nodes=16"), 6514, 62.0),
-    Row(3, "8B, 128 GPUs, compile, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=16"), 8380, 61.8),
-    Row(4, "70B, 256 GPUs, tp 8", _70B, 829, 71.9),
-    Row(4, "70B, 256 GPUs, tp 8, async", (*_70B, "parallelism.async_tp=true"), 876, 67.6),
-    Row(5, "405B, 512 GPUs, tp 8, pp 8, 1F1B", (*_MANY, "parallelism.pp_schedule=1F1B"), 100, 82.5),
-    Row(5, "405B, 512 GPUs, tp 8, pp 8, interleaved", (*_MANY, "parallelism.pp_schedule=Interleaved1F1B"), 128, 72.7),
+    Row("1", "8B, 8 GPUs", _SMALL, 5762, 82.4),
+    Row("1", "8B, 8 GPUs, compile", (*_SMALL, *_COMPILED), 6667, 77.0),
+    Row("1", "8B, 8 GPUs, compile, float8", (*_SMALL, *_FLOAT8), 8532, 76.8),
+    Row("2", "8B, 8 GPUs, cp 1, 32,768", _long(_LONG, 1), 3890, 83.9),
+    Row("2", "8B, 8 GPUs, cp 2, 65,536", _long(_LONG, 2), 2540, 84.2),
+    Row("2", "8B, 8 GPUs, cp 4, 131,072", _long(_LONG, 4), 1071, 84.0),
+    Row("2", "8B, 8 GPUs, cp 8, 262,144", _long(_LONG, 8, "model.max_seq_len=262144"), 548, 84.5),
+    Row("3", "8B, 128 GPUs", (*_SMALL, "cluster.nodes=16"), 5605, 67.0),
+    Row("3", "8B, 128 GPUs, compile", (*_SMALL, *_COMPILED, "cluster.nodes=16"), 6514, 62.0),
+    Row("3", "8B, 128 GPUs, compile, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=16"), 8380, 61.8),
+    Row("4", "70B, 256 GPUs, tp 8", _70B, 829, 71.9),
+    Row("4", "70B, 256 GPUs, tp 8, async", (*_70B, "parallelism.async_tp=true"), 876, 67.6),
+    Row("5", "405B, 512 GPUs, tp 8, pp 8, 1F1B", (*_MANY, "parallelism.pp_schedule=1F1B"), 100, 82.5),
+    Row("5", "405B, 512 GPUs, tp 8, pp 8, interleaved", (*_MANY, "parallelism.pp_schedule=Interleaved1F1B"), 128, 72.7),
     *(
-        Row(6, f"405B, 512 GPUs, tp 8, pp 8, cp {cp}, {32768 * cp:,}",
+        Row("6", f"405B, 512 GPUs, tp 8, pp 8, cp {cp}, {32768 * cp:,}",
             _long(_405B, cp, "training.local_batch_size=8", "model.max_seq_len=262144"), speed, memory)
         for cp, speed, memory in ((1, 76, 75.3), (2, 47, 75.9), (4, 31, 77.1), (8, 16, 84.9))
     ),
 )  # fmt: skip
+
+
+_70B_BF16 = tuple(word for word in _70B if not word.startswith("float8"))
+_8B_TP = (*_COMMON, *_COMPILED, "model=llama3_8b", "parallelism=fsdp_tp", "parallelism.tp=8", "cluster.nodes=8",
+          "training.seq_len=8192", "training.local_batch_size=12", "activation_checkpoint=selective")  # fmt: skip
+_ASYNC = ("parallelism.async_tp=true",)
+LATER_ROWS = (
+    Row("asyncTP", "70B, 256 H100, tp 8", _70B_BF16, 597.3),
+    Row("asyncTP", "70B, 256 H100, tp 8, async", (*_70B_BF16, *_ASYNC), 652.4),
+    Row("asyncTP", "70B, 256 H100, tp 8, float8", _70B, 809.8),
+    Row("asyncTP", "70B, 256 H100, tp 8, float8, async", (*_70B, *_ASYNC), 942.4),
+    Row("asyncTP", "70B, 256 H100, tp 8, rowwise", (*_70B_BF16, "float8=rowwise"), 599.6),
+    Row("asyncTP", "70B, 256 H100, tp 8, rowwise, async", (*_70B_BF16, "float8=rowwise", *_ASYNC), 624.8),
+    Row("asyncTP", "8B, 64 H100, tp 8", _8B_TP, 4378),
+    Row("asyncTP", "8B, 64 H100, tp 8, async", (*_8B_TP, *_ASYNC), 4809.4),
+    Row("asyncTP", "8B, 64 H100, tp 8, float8", (*_8B_TP, "float8=tensorwise"), 5078.1),
+    Row("asyncTP", "8B, 64 H100, tp 8, float8, async", (*_8B_TP, "float8=tensorwise", *_ASYNC), 5570.1),
+    Row("asyncTP", "8B, 64 H100, tp 8, rowwise", (*_8B_TP, "float8=rowwise"), 3708.5),
+    Row("asyncTP", "8B, 64 H100, tp 8, rowwise, async", (*_8B_TP, "float8=rowwise", *_ASYNC), 3914.9),
+    Row("H200", "8B, 32 H200, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=4"), 10938, 47.96, "h200"),
+    Row("H200", "8B, 64 H200, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=8"), 10753, 46.97, "h200"),
+)
+"""Of June 2025, by a later program: no constant was chosen by them."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +121,9 @@ class Compared:
     plan: Plan
 
     @property
-    def memory_error(self) -> float:
-        """How much too high the plan's memory is, as a share."""
-        return self.plan.memory_gib / self.row.memory_gib - 1
+    def memory_error(self) -> float | None:
+        """How much too high the plan's memory is, as a share; None where none was published."""
+        return None if self.row.memory_gib is None else self.plan.memory_gib / self.row.memory_gib - 1
 
     @property
     def speed_error(self) -> float:
@@ -103,41 +131,61 @@ class Compared:
         assert self.plan.tokens_per_second_per_device is not None, "of an H100"
         return self.plan.tokens_per_second_per_device / self.row.tokens_per_second - 1
 
+    @property
+    def missed(self) -> list[str]:
+        """What is further off than its bound."""
+        errors = (("memory", self.memory_error, MEMORY_BOUND), ("tokens/s", self.speed_error, SPEED_BOUND))
+        return [what for what, error, bound in errors if error is not None and abs(error) > bound]
 
-def config_of(row: Row) -> TitanConfig:
-    """Return a published run as titan's resolved config."""
-    return check_config(compose(row.overrides), Machine(gpus=8))
+
+def configs_of(rows: Sequence[Row]) -> list[TitanConfig]:
+    """Return published runs as titan's resolved configs."""
+    composed = compose_points([row.overrides for row in rows])
+    return [check_config(to_typed(each), Machine(gpus=8)) for each in composed]
 
 
 def fitted_to_first_row() -> Assumptions:
     """Return the assumptions with the two constants that the first row gives."""
-    row, device = ROWS[0], find_device("h100_96gb")
-    config = config_of(row)
+    row, (config,) = ROWS[0], configs_of(ROWS[:1])
     tokens = config.training.global_batch_size * config.training.seq_len
-    seconds = tokens / (row.tokens_per_second * 8)
-    return fit(config, device, Assumptions(), seconds, row.memory_gib, TORCHTITAN_2024)
+    seconds = tokens / (row.tokens_per_second * world_size(config.cluster))
+    return fit(config, find_device(row.device), Assumptions(), seconds, row.memory_gib, TORCHTITAN_2024)
 
 
-def compare() -> list[Compared]:
-    """Return every row beside its plan."""
-    assumptions, device = fitted_to_first_row(), find_device("h100_96gb")
-    return [Compared(row, build_plan(config_of(row), device, assumptions, TORCHTITAN_2024)) for row in ROWS]
+def compare(rows: Sequence[Row] = ROWS, system: System = TORCHTITAN_2024) -> list[Compared]:
+    """Return rows beside their plans."""
+    assumptions = fitted_to_first_row()
+    return [
+        Compared(row, build_plan(config, find_device(row.device), assumptions, system))
+        for row, config in zip(rows, configs_of(rows), strict=True)
+    ]
 
 
-def table(compared: list[Compared]) -> Iterator[str]:
-    """Return the comparison as lines of Markdown."""
+def report() -> Iterator[str]:
+    """Return all comparisons as lines of Markdown."""
+    fitted = fitted_to_first_row()
+    yield (
+        f"Fitted to the first row alone: matmul_efficiency {fitted.matmul_efficiency:.3f}, "
+        f"memory_overhead {fitted.memory_overhead:.3f}."
+    )
+    yield ""
+    yield from table(compare())
+    yield ""
+    yield "Of June 2025, with the same constants:"
+    yield ""
+    yield from table(compare(LATER_ROWS, TORCHTITAN_2025))
+
+
+def table(compared: Sequence[Compared]) -> Iterator[str]:
+    """Return a comparison as lines of Markdown."""
     yield "| table | run | GiB published | planned | off | tokens/s a GPU published | planned | off | |"
     yield "|---|---|---:|---:|---:|---:|---:|---:|---|"
-    for number, each in enumerate(compared):
-        memory, speed = each.memory_error, each.speed_error
-        missed = [
-            what
-            for what, error, bound in (("memory", memory, MEMORY_BOUND), ("tokens/s", speed, SPEED_BOUND))
-            if abs(error) > bound
-        ]
-        note = "fitted" if number == 0 else f"**{' and '.join(missed)} missed**" if missed else ""
+    for each in compared:
         row, plan = each.row, each.plan
-        yield (
-            f"| {row.table} | {row.name} | {row.memory_gib} | {plan.memory_gib:.1f} | {memory:+.1%} "
-            f"| {row.tokens_per_second:,} | {plan.tokens_per_second_per_device:,.0f} | {speed:+.1%} | {note} |"
-        )
+        note = "fitted" if row is ROWS[0] else f"**{' and '.join(each.missed)} missed**" if each.missed else ""
+        error = each.memory_error
+        memory = f"- | {plan.memory_gib:.1f} | -"
+        if error is not None:
+            memory = f"{row.memory_gib} | {plan.memory_gib:.1f} | {error:+.1%}"
+        speed = f"{row.tokens_per_second:,} | {plan.tokens_per_second_per_device:,.0f} | {each.speed_error:+.1%}"
+        yield f"| {row.table} | {row.name} | {memory} | {speed} | {note} |"

@@ -86,6 +86,10 @@ def device_rows(plan: Plan) -> list[tuple[str, float]]:
 def limits(plan: Plan) -> Iterator[str]:
     """Return what the plan leaves out, as far as it concerns this config."""
     config = plan.config
+    if not plan.device.is_peak_known:
+        yield "nobody knows the device's peak: matmul_efficiency is in TFLOP/s"
+    if plan.device.name == "cpu":
+        yield "the memory is titan's own: Python and PyTorch take some 0.3 GiB of each process beside"
     if config.data.mask_documents:
         yield "documents are kept apart: attention is counted as if each row were one, so it is an upper bound"
     if config.float8.recipe is not Float8Recipe.none and config.float8.auto_filter_small_kn:
@@ -120,7 +124,7 @@ def to_html(plan: Plan) -> str:
 
 def _html_table(title: str, unit: str, rows: Sequence[tuple[str, float, str]]) -> str:
     body = "".join(
-        f"<tr><td>{html.escape(name)}</td><td style='text-align:right'>{value:.2f}</td><td>{html.escape(what)}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td align='right'>{value:.2f}</td><td>{html.escape(what)}</td></tr>"
         for name, value, what in rows
     )
     return f"<table><tr><th>{title}</th><th>{unit}</th><th></th></tr>{body}</table>"

@@ -292,8 +292,9 @@ def _elementwise_bytes(config: TitanConfig, shapes: Shapes, system: System) -> f
 
 
 def _cast_bytes(config: TitanConfig, shapes: Shapes) -> float:
-    """Read and written by casts to float8, in a forward pass: twice read (the largest, then all), written in two
-    orders.
+    """Read and written by casts to float8, in a forward pass.
+
+    Read twice, for the largest number and then all, and written in two orders.
     """
     if not shapes.float8_share:
         return 0.0
