@@ -5,13 +5,13 @@
     1F1B                    p - rank                             p - 1
     Interleaved1F1B         (v-1) p + 2 (p-1-rank) + 1, of v     (p - 1) / v
     LoopedBFS               all, of v                            (p - 1) / v
-    InterleavedZeroBubble   as Interleaved1F1B                   (p - 1) / 3 v
-    ZBVZeroBubble           2 p, of 2                            0 from 2 p microbatches on, else as (p - 1) / 6
+    InterleavedZeroBubble   p v, of v                            (p - 1) / 3 v
+    ZBVZeroBubble           2 p, of 2                            (p - 1) / 6 from 2 p microbatches on, else (p - 1) / 3
     DualPipeV               2 p + 1, of 2                        (p - 1) / 6
     one of your own         counted in its file                  counted in its file
 
-p ranks, v stages of each. Idle time of the zero-bubble schedules takes forward, backward for inputs and for weights to
-last the same; what is in hand is never more than there is.
+p ranks, v stages of each; what is in hand is never more than there is. Idle time takes forward, backward for inputs and
+backward for weights to last the same. Tests hold all of it against the orders that PyTorch's schedules make.
 
 Source:
     GPipe, https://arxiv.org/abs/1811.06965; 1F1B and interleaving, https://arxiv.org/abs/2104.04473, section 2.2; zero
@@ -70,8 +70,8 @@ def flow_of(settings: ParallelismConfig, microbatches: int, rank: int) -> Flow:
     if schedule == "1F1B":
         return Flow(min(everything, ranks - rank), ranks - 1, own, own)
     if schedule == "ZBVZeroBubble":
-        idle = 0.0 if microbatches >= 2 * ranks else (ranks - 1) / 6
-        return Flow(min(everything, 2 * ranks), idle, own, own)
+        idle = (ranks - 1) / (6 if microbatches >= 2 * ranks else 3)
+        return Flow(min(2 * ranks, microbatches + rank + 1), idle, own, own)
     if schedule == "DualPipeV":
         return Flow(min(everything, 2 * ranks + 1), (ranks - 1) / 6, own, own)
     # With one group of microbatches a stage is done before the next one begins with its backward passes.
@@ -79,9 +79,10 @@ def flow_of(settings: ParallelismConfig, microbatches: int, rank: int) -> Flow:
     gathered = min(own, _ACTIVE_STAGES)
     if schedule == "LoopedBFS":
         return Flow(everything, (ranks - 1) / own, with_gradients, gathered)
+    if schedule == "InterleavedZeroBubble":
+        return Flow(min(everything, ranks * own), (ranks - 1) / own / 3, with_gradients, gathered)
     in_hand = min(everything, (own - 1) * ranks + 2 * (ranks - 1 - rank) + 1)
-    idle = (ranks - 1) / own / (3 if schedule == "InterleavedZeroBubble" else 1)
-    return Flow(in_hand, idle, with_gradients, gathered)
+    return Flow(in_hand, (ranks - 1) / own, with_gradients, gathered)
 
 
 @functools.cache
