@@ -162,18 +162,22 @@ def compare(rows: Sequence[Row] = ROWS, system: System = TORCHTITAN_2024) -> lis
 
 
 def report() -> Iterator[str]:
-    """Return all comparisons as lines of Markdown."""
-    fitted = fitted_to_first_row()
-    yield (
-        f"Fitted to the first row alone: matmul_efficiency {fitted.matmul_efficiency:.3f}, "
-        f"memory_overhead {fitted.memory_overhead:.3f}."
-    )
+    """Return the constants and all comparisons as lines of Markdown."""
+    yield from constants()
     yield ""
     yield from table(compare())
     yield ""
     yield "Of June 2025, with the same constants:"
     yield ""
     yield from table(compare(LATER_ROWS, TORCHTITAN_2025))
+
+
+def constants() -> Iterator[str]:
+    """Return the assumptions of the comparison: the two fitted to the first row, and the others."""
+    yield "| assumption | value | |"
+    yield "|---|---:|---|"
+    for place, (name, value) in enumerate(fitted_to_first_row().describe()):
+        yield f"| `{name}` | {value:.3g} | {'fitted to the first row' if place < 2 else 'stated'} |"
 
 
 def table(compared: Sequence[Compared]) -> Iterator[str]:
