@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,6 +70,15 @@ def test_the_recipes_states_and_gathered_weights(recipe: str) -> None:
     assert found.largest_gathered_bytes == 2 * max(shapes.block_numbers, *ends, *heads)
 
 
+@functools.cache
+def small_config() -> TitanConfig:
+    """Return a model of two blocks in bfloat16, with heads of 64 numbers."""
+    overrides = ("model.dim=256", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4", "model.vocab_size=512",
+                 "training.seq_len=64", "training.local_batch_size=2", "training.param_dtype=bfloat16",
+                 "cluster.devices_per_node=1")  # fmt: skip
+    return check_config(compose(overrides), Machine())
+
+
 class _FusedNorm(torch.autograd.Function):
     """RMSNorm as PyTorch's kernel on CUDA keeps it: input and root, and nothing between."""
 
@@ -117,36 +127,21 @@ def test_activations_are_those_that_the_model_keeps(mode: str) -> None:
 
     In bfloat16 with heads of 64 numbers and as many kv heads, where a CPU's kernels keep what a GPU's keep.
     """
-    config = check_config(
-        compose(
-            [
-                "model.dim=256",
-                "model.n_layers=4",
-                "model.n_heads=4",
-                "model.n_kv_heads=4",
-                "model.vocab_size=512",
-                "training.seq_len=128",
-                "training.local_batch_size=4",
-                "training.param_dtype=bfloat16",
-                f"activation_checkpoint={mode}",
-                "cluster.devices_per_node=1",
-            ]
-        ),
-        Machine(),
-    )
+    config = small_config()
+    recompute = replace(config.activation_checkpoint, mode=ActivationCheckpointMode[mode])
+    config = replace(config, activation_checkpoint=recompute)
     model = Llama(config.model, config.training.seq_len)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     model.to(torch.bfloat16).init_buffers("cpu")
     model.leaves_output = True
-    recompute = config.activation_checkpoint
     apply_activation_checkpoint(model, recompute.mode, recompute.every)
-    tokens = torch.randint(512, (4, 128))
+    tokens = torch.randint(512, (2, 64))
     alive = _Alive([*model.parameters(), *model.buffers(), tokens])
     with alive:
         out = model(tokens)
     shapes = Shapes(config)
-    blocks = sum(block_bytes(shapes, is_checkpointed(config, block)).saved for block in range(4))
+    blocks = sum(block_bytes(shapes, is_checkpointed(config, block)).saved for block in range(2))
     ends = 2 * out.nbytes  # what goes into the last norm and what comes out
     assert blocks + ends == pytest.approx(sum(alive.sizes.values()), rel=0.01)
 

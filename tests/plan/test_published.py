@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from titan.config.check import check_config
+from titan.config.degrees import Machine
+from titan.config.load import compose
 from titan.plan.assumptions import TORCHTITAN_2025, Assumptions
-from titan.plan.published import LATER_ROWS, ROWS, Compared, Row, compare, constants, fitted_to_first_row, table
+from titan.plan.published import (
+    LATER_ROWS,
+    ROWS,
+    Compared,
+    Row,
+    compare,
+    configs_of,
+    constants,
+    fitted_to_first_row,
+    table,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 MISSED = {"8B, 64 H100, tp 8, rowwise": (0.25, 0.50), "8B, 64 H100, tp 8, rowwise, async": (0.25, 0.60)}
@@ -49,6 +63,14 @@ def test_the_first_row_is_fitted_and_what_is_shipped_is_that() -> None:
     assert shipped.matmul_efficiency == pytest.approx(fitted.matmul_efficiency, abs=1e-3)
     assert shipped.memory_overhead == pytest.approx(fitted.memory_overhead, abs=1e-3)
     assert dict(shipped.describe()[2:]) == dict(fitted.describe()[2:])
+
+
+def test_rows_are_configs_as_a_user_would_compose_them() -> None:
+    """A row's overrides on titan's command line give the config that is planned."""
+    row = LATER_ROWS[-2]
+    (config,) = configs_of([row])
+    composed = check_config(compose(row.overrides), Machine(gpus=8))
+    assert replace(config, run=composed.run) == composed  # whose folder has the time in its name
 
 
 def test_the_page_shows_the_table_as_it_comes_out() -> None:

@@ -24,8 +24,8 @@ class Assumptions:
     """FlashAttention 2 forward, as a share of what products reach: 35 % of an H100's peak (FlashAttention-3,
     https://arxiv.org/abs/2407.08608, abstract) over the 75 % that is taken for a product alone."""
     hopper_attention_efficiency: float = 0.8
-    """The same for kernels made for Hopper (cuDNN's, FlashAttention 3): 1.5 to 2 times FlashAttention 2 (same abstract);
-    not held against a run."""
+    """The same for kernels made for Hopper (cuDNN's, FlashAttention 3): 1.5 to 2 times FlashAttention 2 (same
+    abstract); not held against a run."""
     attention_backward_efficiency: float = 0.8
     """Attention's backward pass beside its forward pass, at an equal number of operations."""
     float8_efficiency: float = 0.9

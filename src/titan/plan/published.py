@@ -17,11 +17,13 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from titan.config.check import check_config
 from titan.config.degrees import Machine, world_size
-from titan.config.load import compose_points, to_typed
+from titan.config.keys import schema_keys
+from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.plan.assumptions import TORCHTITAN_2024, TORCHTITAN_2025, Assumptions, System
 from titan.plan.calibration import fit
@@ -48,18 +50,19 @@ class Row:
     device: str = "h100_96gb"
 
 
+# Values and no choices of groups beside cluster and model, so that few compositions serve all rows.
 _COMMON = ("cluster=simulated", "cluster.devices_per_node=8", "training.loss_chunk_size=0", "training.attention=flash")
-_COMPILED = ("compile=inductor", "compile.loss=false")
-_FLOAT8 = (*_COMPILED, "float8=tensorwise")
-_SMALL = (*_COMMON, "model=llama3_8b", "parallelism=fsdp", "training.seq_len=8192", "training.local_batch_size=2",
-          "activation_checkpoint=selective")  # fmt: skip
-_LONG = (*_COMMON, *_FLOAT8, "model=llama3_8b", "parallelism=fsdp", "training.local_batch_size=1",
-         "activation_checkpoint=full")  # fmt: skip
-_70B = (*_COMMON, *_FLOAT8, "model=llama3_70b", "parallelism=fsdp_tp", "parallelism.tp=8", "cluster.nodes=32",
-        "training.seq_len=8192", "training.local_batch_size=16", "activation_checkpoint=full")  # fmt: skip
-_405B = (*_COMMON, *_FLOAT8, "model=llama3_405b", "parallelism=fsdp_tp_pp", "parallelism.tp=8", "parallelism.pp=8",
+_COMPILED = ("compile.enable=true", "compile.loss=false")
+_FLOAT8 = (*_COMPILED, "float8.recipe=tensorwise")
+_SMALL = (*_COMMON, "model=llama3_8b", "training.seq_len=8192", "training.local_batch_size=2",
+          "activation_checkpoint.mode=selective")  # fmt: skip
+_LONG = (*_COMMON, *_FLOAT8, "model=llama3_8b", "training.local_batch_size=1",
+         "activation_checkpoint.mode=full")  # fmt: skip
+_70B = (*_COMMON, *_FLOAT8, "model=llama3_70b", "parallelism.tp=8", "cluster.nodes=32",
+        "training.seq_len=8192", "training.local_batch_size=16", "activation_checkpoint.mode=full")  # fmt: skip
+_405B = (*_COMMON, *_FLOAT8, "model=llama3_405b", "parallelism.tp=8", "parallelism.pp=8",
          "parallelism.pp_microbatches=8", "parallelism.async_tp=true", "cluster.nodes=64",
-         "activation_checkpoint=full")  # fmt: skip
+         "activation_checkpoint.mode=full")  # fmt: skip
 _MANY = (*_405B, "training.seq_len=8192", "training.local_batch_size=32")
 
 
@@ -91,22 +94,22 @@ ROWS = (
 
 
 _70B_BF16 = tuple(word for word in _70B if not word.startswith("float8"))
-_8B_TP = (*_COMMON, *_COMPILED, "model=llama3_8b", "parallelism=fsdp_tp", "parallelism.tp=8", "cluster.nodes=8",
-          "training.seq_len=8192", "training.local_batch_size=12", "activation_checkpoint=selective")  # fmt: skip
+_8B_TP = (*_COMMON, *_COMPILED, "model=llama3_8b", "parallelism.tp=8", "cluster.nodes=8",
+          "training.seq_len=8192", "training.local_batch_size=12", "activation_checkpoint.mode=selective")  # fmt: skip
 _ASYNC = ("parallelism.async_tp=true",)
 LATER_ROWS = (
     Row("asyncTP", "70B, 256 H100, tp 8", _70B_BF16, 597.3),
     Row("asyncTP", "70B, 256 H100, tp 8, async", (*_70B_BF16, *_ASYNC), 652.4),
     Row("asyncTP", "70B, 256 H100, tp 8, float8", _70B, 809.8),
     Row("asyncTP", "70B, 256 H100, tp 8, float8, async", (*_70B, *_ASYNC), 942.4),
-    Row("asyncTP", "70B, 256 H100, tp 8, rowwise", (*_70B_BF16, "float8=rowwise"), 599.6),
-    Row("asyncTP", "70B, 256 H100, tp 8, rowwise, async", (*_70B_BF16, "float8=rowwise", *_ASYNC), 624.8),
+    Row("asyncTP", "70B, 256 H100, tp 8, rowwise", (*_70B_BF16, "float8.recipe=rowwise"), 599.6),
+    Row("asyncTP", "70B, 256 H100, tp 8, rowwise, async", (*_70B_BF16, "float8.recipe=rowwise", *_ASYNC), 624.8),
     Row("asyncTP", "8B, 64 H100, tp 8", _8B_TP, 4378),
     Row("asyncTP", "8B, 64 H100, tp 8, async", (*_8B_TP, *_ASYNC), 4809.4),
-    Row("asyncTP", "8B, 64 H100, tp 8, float8", (*_8B_TP, "float8=tensorwise"), 5078.1),
-    Row("asyncTP", "8B, 64 H100, tp 8, float8, async", (*_8B_TP, "float8=tensorwise", *_ASYNC), 5570.1),
-    Row("asyncTP", "8B, 64 H100, tp 8, rowwise", (*_8B_TP, "float8=rowwise"), 3708.5),
-    Row("asyncTP", "8B, 64 H100, tp 8, rowwise, async", (*_8B_TP, "float8=rowwise", *_ASYNC), 3914.9),
+    Row("asyncTP", "8B, 64 H100, tp 8, float8", (*_8B_TP, "float8.recipe=tensorwise"), 5078.1),
+    Row("asyncTP", "8B, 64 H100, tp 8, float8, async", (*_8B_TP, "float8.recipe=tensorwise", *_ASYNC), 5570.1),
+    Row("asyncTP", "8B, 64 H100, tp 8, rowwise", (*_8B_TP, "float8.recipe=rowwise"), 3708.5),
+    Row("asyncTP", "8B, 64 H100, tp 8, rowwise, async", (*_8B_TP, "float8.recipe=rowwise", *_ASYNC), 3914.9),
     Row("H200", "8B, 32 H200, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=4"), 10938, 47.96, "h200"),
     Row("H200", "8B, 64 H200, float8", (*_SMALL, *_FLOAT8, "cluster.nodes=8"), 10753, 46.97, "h200"),
 )
@@ -140,8 +143,27 @@ class Compared:
 
 def configs_of(rows: Sequence[Row]) -> list[TitanConfig]:
     """Return published runs as titan's resolved configs."""
-    composed = compose_points([row.overrides for row in rows])
-    return [check_config(to_typed(each), Machine(gpus=8)) for each in composed]
+    composed: dict[str, TitanConfig] = {}
+    found = []
+    for row in rows:
+        model = next(word for word in row.overrides if word.startswith("model="))
+        if model not in composed:  # what takes the time
+            composed[model] = compose(["cluster=simulated", model])
+        config = composed[model]
+        for word in row.overrides:
+            config = _set(config, *word.split("="))
+        found.append(check_config(config, Machine(gpus=8)))
+    return found
+
+
+def _set(config: TitanConfig, name: str, text: str) -> TitanConfig:
+    """Return a config with one key set, as an override would."""
+    key = schema_keys()[name]
+    if key.is_node:  # the choice of a group, which is composed
+        return config
+    group, _, leaf = name.partition(".")
+    value = key.type[text] if issubclass(key.type, Enum) else text == "true" if key.type is bool else int(text)
+    return replace(config, **{group: replace(getattr(config, group), **{leaf: value})})
 
 
 def fitted_to_first_row() -> Assumptions:
