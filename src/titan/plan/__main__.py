@@ -158,7 +158,7 @@ def _describe_search(found: Search, plan: Plan) -> Iterator[str]:
         )
         yield f"     {' '.join(overrides_of(each.config, plan.config))}"
     if not found.best:
-        least = least_devices(plan.config, plan.device, plan.assumptions)
+        least = least_devices(plan)
         yield (
             f"  none fits. The least number of devices on which one does: {least:,}, of this one times powers of two"
             if least

@@ -221,8 +221,6 @@ def _gathered(config: TitanConfig, shapes: Shapes, stages: tuple[Stage, ...], fl
     output = end if any(stage.has_output for stage in stages) else 0.0
     # a block's gradient, and the buffer in which it is summed
     reduced = shapes.block_numbers * (shapes.bytes + shapes.reduce_bytes)
-    if frees_blocks(config) and config.parallelism.pp == 1:
-        return 2 * block + output + reduced
     if frees_blocks(config):
         return 2 * block + output + reduced
     held = sorted((len(stage.blocks) * block + end * stage.has_embedding for stage in stages), reverse=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from titan.config.check import check_config
 from titan.config.degrees import Machine, world_size
-from titan.config.schema import ClusterKind, Device, TitanConfig
+from titan.config.schema import ClusterKind, Device, Dtype, TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.environment import current_machine
 from titan.models.flops import count_parameters, flops_per_token
@@ -95,13 +95,10 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the bfloat16 peak, as metrics.jsonl has it."""
+        """Share of the bfloat16 peak, as metrics.jsonl has it: None in float32, and where the peak is not known."""
         speed, peak = self.tokens_per_second_per_device, self.device.peak_tflops
-        return (
-            None
-            if speed is None or peak is None or not self.device.is_peak_known
-            else speed * self.flops_per_token / peak / 1e12
-        )
+        is_known = self.device.is_peak_known and self.config.training.param_dtype is Dtype.bfloat16
+        return speed * self.flops_per_token / peak / 1e12 if speed and peak and is_known else None
 
     def __str__(self) -> str:
         from titan.plan.report import describe

@@ -134,21 +134,18 @@ def overrides_of(config: TitanConfig, given: TitanConfig) -> list[str]:
     return words
 
 
-def least_devices(
-    config: TitanConfig, device: Accelerator, assumptions: Assumptions, most: int = 1 << 17
-) -> int | None:
-    """Return the smallest number of devices, of the given one times powers of two, on which some layout fits."""
-    nodes = config.cluster.nodes or 1
+def least_devices(plan: Plan, most: int = 1 << 17) -> int | None:
+    """Return the smallest number of devices, of the plan's times powers of two, on which some layout fits."""
+    nodes = plan.config.cluster.nodes or 1
     while True:
-        cluster = replace(config.cluster, nodes=nodes)
+        cluster = replace(plan.config.cluster, nodes=nodes)
         if world_size(cluster) > most:
             return None
-        grown = replace(config, cluster=cluster)
-        available = (device.memory_gib - assumptions.outside_gib) * GIB
-        for base in _layouts(grown, is_short=True):
+        for base in _layouts(replace(plan.config, cluster=cluster), is_short=True):
             if isinstance(base, Failure) or any(True for rule in RULES_OF_LAYOUT for _ in rule(base)):
                 continue
-            if any(candidate is not None for candidate, _ in _fitting(base, device, assumptions, available)):
+            tried = _fitting(base, plan.device, plan.assumptions, plan.available_gib * GIB)
+            if any(candidate is not None for candidate, _ in tried):
                 return world_size(cluster)
         nodes *= 2
 
@@ -192,7 +189,7 @@ def _pieces(config: TitanConfig, pp: int, own: int) -> Iterator[tuple[int, int, 
     """Return rows of a micro-batch, microbatches of a pipeline, schedule and stages of a rank."""
     settings = config.parallelism
     if pp == 1:
-        for local in _powers(_MOST_ROWS):
+        for local in sorted({*_powers(_MOST_ROWS), config.training.local_batch_size}):
             if own % local == 0:
                 yield local, settings.pp_microbatches, settings.pp_schedule, settings.pp_stages_per_rank
         return
