@@ -58,7 +58,7 @@ def test_states_are_those_of_the_rank_that_titan_builds(layout: tuple[str, ...])
         assert (memory.parameters - rotary, memory.optimizer, memory.gradients) == max(sizes)
 
 
-@pytest.mark.parametrize("recipe", ["llama3_8b_8gpu", "llama3_405b_512gpu"])
+@pytest.mark.parametrize("recipe", ["llama3_8b_8gpu", pytest.param("llama3_405b_512gpu", marks=pytest.mark.slow)])
 def test_the_recipes_states_and_gathered_weights(recipe: str) -> None:
     """At full scale too; and the largest group of weights that is gathered has the numbers that the plan counts."""
     config = resolved(f"experiment={recipe}")

@@ -29,7 +29,12 @@ from titan.plan.planner import Plan, build_plan, resolve
 from titan.plan.report import describe, describe_layout
 from titan.plan.search import Search, least_devices, overrides_of, search
 
-_BANDWIDTHS = ("memory_bandwidth", "node_bandwidth", "network_bandwidth", "host_bandwidth")
+_BANDWIDTHS = {
+    "memory_bandwidth": "its own memory",
+    "node_bandwidth": "the other devices of its node",
+    "network_bandwidth": "other nodes, its share",
+    "host_bandwidth": "the CPU's memory",
+}
 
 
 def main() -> int:
@@ -62,9 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--device", metavar="NAME", help=f"what to plan for: {', '.join(DEVICES)}")
     command.add_argument("--peak-tflops", type=_positive, metavar="N", help="dense bfloat16 peak of a device")
     command.add_argument("--memory-gib", type=_positive, metavar="N", help="memory of a device")
-    for name in _BANDWIDTHS:
+    for name, where in _BANDWIDTHS.items():
         flag = f"--{name.replace('_', '-')}"
-        command.add_argument(flag, type=_positive, metavar="N", help="GB/s of a device, in one direction")
+        command.add_argument(flag, type=_positive, metavar="N", help=f"GB/s in one direction to {where}")
     command.add_argument(
         "--assume", action="append", default=[], metavar="NAME=N", help="another value of an assumption on the screen"
     )
