@@ -18,15 +18,16 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from titan.version import __version__
+
 if TYPE_CHECKING:
     from titan.api.difference import Difference
     from titan.api.run import Run
     from titan.api.table import Table
     from titan.api.tree import Tree
     from titan.config.schema import TitanConfig
-    from titan.plan.planner import Plan  # pyright: ignore[reportMissingImports]
+    from titan.plan.planner import Plan
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "attach", "compose", "diff", "launch", "metrics", "plan", "show"]
 
 
@@ -93,7 +94,7 @@ def plan(config: TitanConfig) -> Plan:
     Raises:
         ConfigError: If the config is wrong.
     """
-    from titan.plan.planner import plan_config  # pyright: ignore[reportMissingImports]
+    from titan.plan.planner import plan_config
 
     return plan_config(config)
 

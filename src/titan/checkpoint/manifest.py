@@ -26,9 +26,9 @@ from typing import Any
 
 import xxhash
 
-from titan import __version__
 from titan.errors import TitanError
 from titan.run_directory import write_synced
+from titan.version import __version__
 
 NAME = "manifest.json"
 FORMAT = 1
