@@ -84,7 +84,7 @@ CHECK = """
 import inspect
 for name, parameter in (("launch", "config"), ("metrics", "run_dir")):
     assert list(inspect.signature(getattr(titan, name)).parameters) == [parameter], name
-calls = {"no run directory": lambda: titan.metrics("nowhere"), "takes a config": lambda: titan.launch(3)}
+calls = {"there is no such directory": lambda: titan.metrics("nowhere"), "takes a config": lambda: titan.launch(3)}
 for wanted, call in calls.items():
     try:
         call()

@@ -253,7 +253,7 @@ def test_a_run_that_has_logged_nothing_has_no_rows(tmp_path: Path) -> None:
     assert len(titan.metrics(tmp_path)) == 0
     assert repr(titan.metrics(tmp_path)) == "no rows yet"
     assert "no rows yet" in titan.metrics(tmp_path / "config.yaml")._repr_html_()
-    with pytest.raises(CommandError, match="is no run directory"):
+    with pytest.raises(CommandError, match="there is no such directory"):
         titan.metrics(tmp_path / "none")
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from titan.api.finding import describe_no_run
 from titan.config.check import check_config
 from titan.config.load import load_config
 from titan.config.schema import TitanConfig
@@ -54,7 +55,7 @@ def run_directory_of(given: HasDirectory | str | Path) -> RunDirectory:
     if path.name == "config.yaml":
         path = path.parent
     if not path.is_dir():
-        raise CommandError(f"{path} is no run directory: there is no such folder\n  Try  the run.dir of a run")
+        raise CommandError(describe_no_run(path))
     return RunDirectory(path)
 
 

@@ -43,21 +43,21 @@ class Metric:
 
 
 def _column(name: str, factor: float = 1.0) -> Callable[[Run], Points]:
-    return lambda run: collect(run.training.rows, name, factor)
+    return lambda run: collect(run.training, name, factor)
 
 
 def _validation(name: str) -> Callable[[Run], Points]:
-    return lambda run: collect(run.validation.rows, name, 1.0)
+    return lambda run: collect(run.validation, name, 1.0)
 
 
 def _causal_mfu(run: Run) -> Points:
     share = causal_share(run.config)
-    return ([], []) if share is None else collect(run.training.rows, "mfu", 100 * share)
+    return ([], []) if share is None else collect(run.training, "mfu", 100 * share)
 
 
 def _recent_loss(run: Run) -> Points:
     """Return the means of the losses of the second half, in which curves that lie close can be told apart."""
-    steps, values = collect(run.training.rows, "loss", 1.0)
+    steps, values = collect(run.training, "loss", 1.0)
     if len(steps) < _LEAST_ROWS:
         return [], []
     middle = steps[0] + (steps[-1] - steps[0]) / 2

@@ -40,7 +40,7 @@ class Figures:
 
 def figures_of(run: Run, goodput: Goodput | None) -> Figures:
     """Return a run's figures; None where there are none."""
-    rows, validations = run.training.rows, run.validation.rows
+    rows, validations = run.training, run.validation
     mfu, share = _median(rows, "mfu"), causal_share(run.config)
     memory = _numbers(rows, "memory_gib")
     validated = _numbers(validations, "validation_loss")
@@ -89,7 +89,7 @@ def notices(runs: Sequence[Run]) -> list[str]:
     """Return what has to be said at the top of a page."""
     live = [run for run in runs if run.is_live]
     lost = [run for run in runs if run.state == "ended without a word"]
-    empty = [run for run in runs if not len(run.training)]
+    empty = [run for run in runs if not run.training]
     said = []
     if live:
         which = "This run is" if len(runs) == 1 else f"{len(live)} of {len(runs)} runs are"
@@ -104,7 +104,7 @@ def notices(runs: Sequence[Run]) -> list[str]:
         why = run.status.get("why")
         said.append(f"{run.name} has logged no step yet." + (f" It says: {why}" if why else ""))
     for run in runs:
-        if run.status.get("state") == "failed" and len(run.training):
+        if run.status.get("state") == "failed" and run.training:
             said.append(f"{run.name} failed: {run.status.get('why') or 'it does not say why'}")
     return said
 

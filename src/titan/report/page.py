@@ -201,7 +201,7 @@ def _plots(runs: Sequence[Run], curves: dict[str, list[Points]], names: Sequence
 
 def _mfu(runs: Sequence[Run], curves: dict[str, list[Points]]) -> str:
     """Return what MFU means here; nothing is claimed where the device's peak is not known."""
-    if not any(len(run.training) for run in runs):
+    if not any(run.training for run in runs):
         return ""
     if "mfu" not in curves:
         return (

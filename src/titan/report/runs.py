@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from titan.api.finding import describe_no_run, is_run, load_lines, points_of
 from titan.errors import CommandError
 from titan.launch.lock import RunInUse, check_not_in_use
-from titan.report.metrics_table import MetricsTable, describe_no_run, is_run, load_lines, load_table, points_of
 from titan.run_directory import RunDirectory, short_path
 
 _PLACES = ("run.", "cluster.", "data.cache_dir", "metrics.")
@@ -39,19 +39,20 @@ class Run:
     status: dict[str, Any]
     is_live: bool
     """Whether it has the lock of its directory, so it runs now."""
-    metrics: MetricsTable
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """All rows, oldest first."""
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
-    def training(self) -> MetricsTable:
+    def training(self) -> list[dict[str, Any]]:
         """The logged steps."""
-        return self.metrics.training
+        return [row for row in self.metrics if "loss" in row]
 
     @cached_property
-    def validation(self) -> MetricsTable:
+    def validation(self) -> list[dict[str, Any]]:
         """The validations."""
-        return self.metrics.validation
+        return [row for row in self.metrics if "validation_loss" in row]
 
     @property
     def state(self) -> str:
@@ -66,7 +67,7 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that is known of."""
-        return self.metrics.rows[-1]["step"] if len(self.metrics) else int(self.status.get("step") or 0)
+        return self.metrics[-1]["step"] if self.metrics else int(self.status.get("step") or 0)
 
     @property
     def steps(self) -> int | None:
@@ -77,7 +78,7 @@ class Run:
     @property
     def final_loss(self) -> float:
         """The last logged loss; infinity where there is none."""
-        loss = self.training.rows[-1]["loss"] if len(self.training) else None
+        loss = self.training[-1]["loss"] if self.training else None
         return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
 
 
@@ -121,7 +122,7 @@ def read_run(directory: RunDirectory, name: str) -> Run:
         config_text=text,
         status=directory.read_status(),
         is_live=is_live,
-        metrics=load_table(directory),
+        metrics=[row for row in load_lines(directory.metrics) if isinstance(row.get("step"), int)],
         events=load_lines(directory.events),
         samples=load_lines(directory.samples),
     )
