@@ -85,7 +85,8 @@ def run(way: str, positions: int, dim: int, dtype: str, device: str) -> dict[str
     import torch
     import torch.nn.functional as F
 
-    from titan.parallel.loss import choose_chunk_size, chunked_cross_entropy, cross_entropy_sum
+    from titan.config.degrees import choose_loss_chunk
+    from titan.parallel.loss import chunked_cross_entropy, cross_entropy_sum
 
     if way == "pytorch" and not hasattr(F, "linear_cross_entropy"):
         sys.exit(3)
@@ -102,7 +103,7 @@ def run(way: str, positions: int, dim: int, dtype: str, device: str) -> dict[str
 
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "plain": lambda: cross_entropy_sum(F.linear(hidden, weight), labels),
-        "titan": lambda: chunked_cross_entropy(hidden, weight, labels, choose_chunk_size(WORDS, device)),
+        "titan": lambda: chunked_cross_entropy(hidden, weight, labels, choose_loss_chunk(WORDS, device)),
         "pytorch": pytorch,
     }
     before = _memory_gib(device, "now")

@@ -22,6 +22,7 @@ from titan.config.schema import (
     Float8Config,
     Float8Recipe,
     ParallelismConfig,
+    ReshardAfterForward,
     SourceConfig,
     TitanConfig,
     TokenizerConfig,
@@ -93,6 +94,28 @@ def pipeline_microbatches(config: TitanConfig) -> int:
     """Return into how many pieces a pipeline cuts a micro-batch of the data."""
     pieces = config.parallelism.pp_microbatches
     return config.training.local_batch_size if pieces == -1 else pieces
+
+
+def choose_loss_chunk(words: int, device_type: str) -> int:
+    """Return the positions whose logits are there at a time, where the config leaves them open.
+
+    256 MiB of logits in float32 on a CPU, 1 GiB in bfloat16 on CUDA: every chunk adds to a gradient as large as the
+    output's weights, and on CUDA small chunks spend more time on that than on their products.
+    """
+    return max(256, (1 << 29 if device_type == "cuda" else 1 << 26) // words)
+
+
+def frees_blocks(setting: ReshardAfterForward, has_pipeline: bool, ranks: int) -> bool:
+    """Return whether FSDP frees a block's weights between forward and backward.
+
+    Args:
+        setting: The config's.
+        has_pipeline: Whether forward runs once a microbatch.
+        ranks: How many share out the weights.
+    """
+    if setting is ReshardAfterForward.default:
+        return not has_pipeline and ranks > 1
+    return setting is ReshardAfterForward.always
 
 
 def model_modules(n_layers: int) -> list[str]:

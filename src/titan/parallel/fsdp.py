@@ -24,6 +24,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from titan.config.degrees import frees_blocks
 from titan.config.schema import ReshardAfterForward
 from titan.models.decoder import Decoder
 
@@ -51,7 +52,7 @@ def apply_fsdp(
     """
     # Inputs are not cast: the rotary angles have to stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    reshard = _frees_blocks(reshard_after_forward, has_pipeline, mesh.size(-1))
+    reshard = frees_blocks(reshard_after_forward, has_pipeline, mesh.size(-1))
     # Pinned memory is what a GPU fetches from by itself.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload)
@@ -88,20 +89,12 @@ def begin_micro_batch(model: Decoder, reshard_after_forward: ReshardAfterForward
     if not isinstance(model, FSDPModule):
         return
     model.set_requires_gradient_sync(is_last)
-    if not _frees_blocks(reshard_after_forward, has_pipeline=False, ranks=ranks):
+    if not frees_blocks(reshard_after_forward, has_pipeline=False, ranks=ranks):
         model.set_reshard_after_backward(is_last)
     elif reshard_after_forward is ReshardAfterForward.default:
         for module in _ends(model):
             assert isinstance(module, FSDPModule), "applied"
             module.set_reshard_after_backward(is_last, recurse=False)
-
-
-def _frees_blocks(reshard_after_forward: ReshardAfterForward, has_pipeline: bool, ranks: int) -> bool:
-    return {
-        ReshardAfterForward.default: not has_pipeline and ranks > 1,
-        ReshardAfterForward.always: True,
-        ReshardAfterForward.never: False,
-    }[reshard_after_forward]
 
 
 def _ends(model: Decoder) -> list[nn.Module]:

@@ -24,17 +24,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan.config.degrees import choose_loss_chunk
 from titan.data.batch import IGNORED_LABEL
 from titan.models.decoder import Decoder
 from titan.models.linear import Linear, add_product, product
 from titan.parallel.collectives import all_reduce
-
-_LARGEST_LOGITS = {"cpu": 1 << 26, "cuda": 1 << 29}
-"""Elements of a chunk's logits, where the config leaves the size of chunks open.
-
-256 MiB in float32 on a CPU, 1 GiB in bfloat16 on CUDA: every chunk adds to a gradient as large as the output's weights,
-and on CUDA small chunks spend more time on that than on their products.
-"""
 
 
 def apply_loss(model: Decoder, chunk_size: int, device_type: str, group: dist.ProcessGroup | None = None) -> int:
@@ -56,15 +50,10 @@ def apply_loss(model: Decoder, chunk_size: int, device_type: str, group: dist.Pr
         model.loss = _LossOfLogits(group)
         return 0
     output.__class__ = _with_loss(type(output))  # type: ignore[reportAttributeAccessIssue]
-    size = chunk_size if chunk_size > 0 else choose_chunk_size(model.config.vocab_size, device_type)
+    size = chunk_size if chunk_size > 0 else choose_loss_chunk(model.config.vocab_size, device_type)
     cast(_LossOutput, output).chunk_size, cast(_LossOutput, output).group = size, group
     model.loss = _call_output
     return size
-
-
-def choose_chunk_size(words: int, device_type: str) -> int:
-    """Return the positions of a chunk where the config leaves them open."""
-    return max(256, _LARGEST_LOGITS.get(device_type, _LARGEST_LOGITS["cpu"]) // words)
 
 
 def compile_loss(model: Decoder, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from titan.config.degrees import accumulation_steps, pipeline_microbatches
-from titan.config.schema import ActivationCheckpointMode, ContextMethod, ReshardAfterForward, TitanConfig
+from titan.config.degrees import accumulation_steps, choose_loss_chunk, frees_blocks, pipeline_microbatches
+from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, TitanConfig
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.pipeline import LOOPED, Flow, flow_of
 from titan.plan.rank import Shapes, Stage, stages_of
 
-_LARGEST_LOGITS = 1 << 26  # as titan.parallel.loss chooses, which imports torch
-_LEAST_CHUNK = 256
 _STATISTIC = 4  # bytes of the log-sum-exp of a head, and of a norm's root, at a position
 
 
@@ -186,14 +184,13 @@ def chunk_size(shapes: Shapes) -> int:
         return 0
     if config.training.loss_chunk_size > 0:
         return config.training.loss_chunk_size
-    return max(_LEAST_CHUNK, _LARGEST_LOGITS // config.model.vocab_size)
+    return choose_loss_chunk(config.model.vocab_size, "cpu" if config.cluster.device is Device.cpu else "cuda")
 
 
-def frees_blocks(config: TitanConfig) -> bool:
+def is_gathered_twice(config: TitanConfig) -> bool:
     """Return whether FSDP frees a block's weights between forward and backward."""
-    setting = config.parallelism.reshard_after_forward
-    is_default = setting is ReshardAfterForward.default
-    return config.parallelism.pp == 1 if is_default else setting is ReshardAfterForward.always
+    settings = config.parallelism
+    return frees_blocks(settings.reshard_after_forward, settings.pp > 1, settings.dp_shard * settings.cp)
 
 
 def _activations(
@@ -221,7 +218,7 @@ def _gathered(config: TitanConfig, shapes: Shapes, stages: tuple[Stage, ...], fl
     output = end if any(stage.has_output for stage in stages) else 0.0
     # a block's gradient, and the buffer in which it is summed
     reduced = shapes.block_numbers * (shapes.bytes + shapes.reduce_bytes)
-    if frees_blocks(config):
+    if is_gathered_twice(config):
         return 2 * block + output + reduced
     held = sorted((len(stage.blocks) * block + end * stage.has_embedding for stage in stages), reverse=True)
     count = flow.gathered_stages if config.parallelism.pp_schedule.name in LOOPED else len(held)

@@ -26,7 +26,7 @@ from titan.config.schema import (
 )
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.devices import Accelerator
-from titan.plan.memory import frees_blocks, is_checkpointed
+from titan.plan.memory import is_checkpointed, is_gathered_twice
 from titan.plan.pipeline import flow_of
 from titan.plan.rank import Shapes, Stage, stages_of
 
@@ -398,7 +398,7 @@ def _fsdp(
     gather = gathered / rates.links["fsdp"]
     reduce = reduced / rates.links["fsdp"] + replicated / rates.links["dp_replicate"]
     forward, backward = (seconds * assumptions.overlap for seconds in (own.forward, own.total - own.forward))
-    is_freed = frees_blocks(config)
+    is_freed = is_gathered_twice(config)
     forwards, backwards = (count, count) if is_freed else (1, 0)
     seconds = forwards * max(0.0, gather - forward) + max(0, backwards - 1) * max(0.0, gather - backward)
     # the last backward pass has the gradients to sum beside
