@@ -82,7 +82,9 @@ def test_titan_agrees(name: str) -> None:
     ours, theirs = both(config, random_weights(config))
     found = compare(ours, theirs, config)
     assert found.departs == ""
-    assert found.difference < 2e-6
+    assert (
+        found.difference < 4e-6
+    )  # in float32, over three blocks: 2e-6, a little more or less by the processor's kernels
 
 
 @pytest.mark.parametrize(

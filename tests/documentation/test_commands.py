@@ -19,6 +19,7 @@ RUN_BY: dict[str, str] = {
     "test_submit.py::test_the_batch_file_by_hand_is_survived_too",
     "PYTHONPATH=. python -m titan.train --config-dir my_configs model=my_gpt": "tests/documentation/"
     "test_adding_a_model.py::test_the_page_trains",
+    "python -m titan.plan published": "tests/plan/test_published.py::test_the_page_shows_the_table_as_it_comes_out",
     "tail -n 1 runs/first/metrics.jsonl": "tests/documentation/test_quick_start.py::test_a_new_user_follows_the_page",
     "cat runs/first/status.json": "tests/documentation/test_quick_start.py::test_a_new_user_follows_the_page",
     "ls runs/first/logs": "tests/documentation/test_quick_start.py::test_a_new_user_follows_the_page",

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titan.api.run import Run
 from titan.config.keys import find_key, is_known, schema_keys, table_of
 from titan.config.load import option_groups
 from titan.config.schema import TitanConfig
@@ -77,6 +78,8 @@ def problem_of(word: Word) -> str:
         return f"{key} has no option {', '.join(unknown)}" if unknown else ""
     if not re.fullmatch(r"[a-z_0-9.]+", key):
         return ""  # a pattern, such as training.{steps,seed}
+    if key.startswith("run.") and hasattr(Run, key.removeprefix("run.")):  # a handle of titan.launch
+        return ""
     if not is_known(key) and find_key(key) is None:
         return f"{key} is no key"
     return _problem_of_value(key, value) if value else ""

@@ -12,6 +12,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +34,8 @@ from titan.config.degrees import Machine
 from titan.config.keys import schema_keys
 from titan.config.load import compose, compose_untyped, to_typed
 from titan.config.schema import DataKind, SourceConfig, TitanConfig, TokenizerConfig, TokenizerKind
-from titan.errors import ConfigError
+from titan.errors import CommandError, ConfigError
+from titan.generate.options import read_options
 
 FLAGS = ("--multirun", "--resolve", "--help")
 WITH_VALUE = ("--cfg", "--info", "--package", "--config-dir")
@@ -84,7 +86,7 @@ def _try_make(targets: list[str]) -> None:
 def _try_module(module: str, arguments: list[str]) -> None:
     if importlib.util.find_spec(module) is None:
         raise Wrong(f"there is no module {module}")
-    arguments = [word.strip("[]") for word in arguments]
+    arguments = [word.strip("[]") if word.startswith("[") else word for word in arguments]
     if any(word in ("...", "") or word.startswith("<") for word in arguments):
         return  # a pattern, not a command
     if module == "titan.train":
@@ -140,12 +142,22 @@ def _try_arguments(module: str, arguments: list[str]) -> None:
     except _Understood as understood:
         given = understood.args[0]
         overrides = [text for text in getattr(given, "overrides", []) if not text.endswith("=...")]
-        if getattr(given, "config_dir", None) is None:
+        if module == "titan.generate":  # whose keys are its own
+            try_options(overrides)
+        elif getattr(given, "config_dir", None) is None:
             try_composing(tuple(overrides))
     except SystemExit as exit:
         raise Wrong(said.getvalue().strip() or str(exit.code)) from None
     else:
         raise Wrong(f"it ended with {code} before it had read its arguments\n{said.getvalue()}")
+
+
+def try_options(words: list[str]) -> None:
+    """Read the keys of titan.generate."""
+    try:
+        read_options(words)
+    except CommandError as error:
+        raise Wrong(str(error)) from None
 
 
 def try_composing(overrides: tuple[str, ...]) -> None:
@@ -169,7 +181,8 @@ def try_overrides(overrides: tuple[str, ...], started_ranks: int | None = None) 
     )
     try:
         config = _elsewhere(_composed(texts))
-        with mock.patch("shutil.which", return_value="/usr/bin/sbatch"):
+        here = mock.patch.dict(os.environ, WANDB_API_KEY="a key")
+        with here, mock.patch("shutil.which", return_value="/usr/bin/sbatch"):
             check_config(config, machine)
     except ConfigError as error:
         raise Wrong(str(error)) from None

@@ -8,6 +8,7 @@ that pytest shows with the failed test.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
-JOBS_OF_A_PROCESS = 20
+JOBS_OF_A_PROCESS = 40
 """A run has a process to itself. PyTorch keeps things of earlier ones that no call ends: the flight recorder has the
 last 2000 exchanges with all the code that led to them (2.13)."""
 
@@ -130,6 +131,8 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
                 if "torch._dynamo" in sys.modules:  # or the layouts of many tests would count as one program's
                     torch._dynamo.reset()
                 leave_process_group()
+            if gc.get_freeze_count() == 0:
+                gc.freeze()  # all modules, which every later collection would look through
         except BaseException:
             answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(answer)

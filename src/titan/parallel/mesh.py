@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,18 +103,21 @@ def leave_process_group() -> None:
     dist.destroy_process_group()
     debug._clear_sharding_prop_cache()
     getattr(_redistribute, "clear_redistribute_planner_cache", lambda: None)()  # new in 2.13
-    for cache in _caches_of_dtensor():
+    for cache in _find_caches_of_dtensor():
         cache.cache_clear()
     gc.collect()
 
 
-def _caches_of_dtensor() -> list[Any]:
+_found_caches: dict[int, Any] = {}
+"""The caches of DTensor that were found so far, for a program may have frozen what the collector knows."""
+
+
+def _find_caches_of_dtensor() -> Iterable[Any]:
     """Return what `functools.cache` made; there is no list of them, and some are attributes or in closures."""
-    return [
-        found
-        for found in gc.get_objects()
-        if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("torch.distributed.tensor")
-    ]
+    for found in gc.get_objects():
+        if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("torch.distributed.tensor"):
+            _found_caches[id(found)] = found
+    return _found_caches.values()
 
 
 def _middle_group(device_type: str, size: int, inner: int) -> dist.ProcessGroup:
