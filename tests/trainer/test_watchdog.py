@@ -104,7 +104,7 @@ class Hang:
 HANGS = {
     "in Python": Hang("sleep:1:4", f"{PLACE}.* in _strike"),
     "rank 0, with readers": Hang("sleep:0:4", f"{PLACE}.* in _strike", ["data.num_workers=1"]),
-    "in its data": Hang("sleep:1:row:4", "titan/trainer/loop.py:.* in steps_of_batches", ["data.num_workers=1"]),
+    "in its data": Hang("sleep:1:row:4", "titan/trainer/ahead.py:.* in prepare_steps", ["data.num_workers=1"]),
     "with Python's lock": Hang("lock:1:4", f"{PLACE}.* in _strike"),
     "stopped": Hang("stop:0:4", "does not answer", leaves_stack=False),
     "a collective times out first": Hang(
