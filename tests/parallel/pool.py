@@ -126,6 +126,7 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
         try:
             dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
             try:
+                dist.barrier()  # or a short job closes connections that another rank is still making
                 answer = (True, function(*arguments))
             finally:
                 if "torch._dynamo" in sys.modules:  # or the layouts of many tests would count as one program's
