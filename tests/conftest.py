@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from titan import train
+from titan.config.load import without_collections
 from titan.log import logger
 
 from .parallel.pool import RankPool
@@ -22,6 +24,12 @@ Command = Callable[..., Finished]
 # Compiling titan anew takes each process longer than all else that its front end does.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+
+def pytest_collection_finish() -> None:
+    """Hide all modules from the collector, which would look through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +87,7 @@ def titan(
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["titan", *arguments])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as exit, without_collections():  # the process has none either
             train.main()
         out, err = capfd.readouterr()
         return Finished(exit.value.code or 0, out, err)  # type: ignore[arg-type]

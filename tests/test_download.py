@@ -12,8 +12,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from tests.support.configs import compose
 from titan import download
-from titan.config.load import compose
 from titan.config.vocabulary import count_tokens
 
 from .data.vocabulary import write_json_tokenizer, write_pieces, write_tokenizer

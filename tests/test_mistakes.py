@@ -319,6 +319,7 @@ MISTAKES = {
     # the model
     "heads that do not divide the width": ("model.n_heads=7", "Allowed here: 1, 2, 4", "Try  model.n_heads=8"),
     "heads of odd width": ("model.n_heads=256", "into even heads", "Try  model.n_heads=128"),
+    "an odd width": ("model.dim=33", "which an odd width has not", "Try  model.dim=32"),
     "kv heads that do not divide the heads": ("model.n_kv_heads=3", "Allowed here: 1, 2, 4", "Try  model.n_kv_heads=2"),
     "no heads": ("model.n_heads=0", "model.n_heads = 0 is below 1", "Try  model.n_heads=1"),
     "no stretching": ("model=llama3_8b model.rope_scaling.factor=0", "model.rope_scaling.factor = 0.0 is not positive"),

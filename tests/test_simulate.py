@@ -11,10 +11,10 @@ import torch
 
 from tests.parallel.layouts import SMALL
 from tests.parallel.pool import RankPool
+from tests.support.configs import compose
 from titan.checkpoint.state import create_optimizer_state
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.models.family import load_family
 from titan.models.flops import count_parameters

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.config.schema import Device
 from titan.errors import ConfigError
 from titan.verify.parity import FLOAT8, FLOAT32, build_layout, build_reference, shrink_config, tolerance_of

@@ -8,6 +8,7 @@ All of Hydra's own flags work; its errors become titan's: one message, exit code
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from titan.config.load import (
     COMPOSITION_ERRORS,
     CONFIG_NAME,
     HYDRA_VERSION,
-    compose_points,
+    Composer,
     conf_dir,
     explain_composition,
     points_of_sweep,
@@ -203,7 +204,7 @@ def check_points(arguments: Namespace) -> None:
     if not points:
         raise ConfigError([Problem("the sweep has no point", "A glob() or a range() in it gives nothing.")])
     found: dict[Problem, list[str]] = {}
-    composed = compose_points(points, arguments.config_dir, arguments.config_name or CONFIG_NAME)
+    composed = map(Composer(arguments.config_dir, arguments.config_name or CONFIG_NAME), points)
     for overrides, each in zip(points, composed, strict=True):
         try:
             check_config(to_typed(each), current_machine())
@@ -366,4 +367,5 @@ def _exit_with(error: TitanError) -> NoReturn:
 
 
 if __name__ == "__main__":
+    gc.disable()  # composing and importing make a million objects that stay; until a rank trains
     main()

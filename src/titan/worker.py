@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -306,6 +307,7 @@ def train(
         )
         stack.enter_context(watchdog)
         trainer = build_trainer(config, device, data, held_out)
+        gc.enable()
         logger.info(f"{'watchdog':<10} {describe_limits(config)}")
         resume(trainer)
         if trainer.state.step and rank.rank == 0:
@@ -441,6 +443,7 @@ def die_with_launcher() -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # importing makes a million objects that stay; until a rank trains
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

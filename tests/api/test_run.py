@@ -110,8 +110,11 @@ def test_a_run_that_fails_says_why(mark: str, text_file: Path) -> None:
     assert titan.attach("run").status == ended
 
 
-def test_what_is_wrong_is_said_before_anything_is_made(mark: str, text_file: Path, here: Path) -> None:
+def test_what_is_wrong_is_said_before_anything_is_made(
+    mark: str, text_file: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checks are the command's, and not one file is made."""
+    monkeypatch.setenv("PATH", str(here))  # this machine may have SLURM's commands
     for config, message in (
         (tiny(text_file, "parallelism.tp=3"), "tp 3 does not divide"),
         (tiny(text_file, "cluster=simulated"), "no run to start"),
@@ -143,7 +146,7 @@ def test_only_a_run_directory_is_attached_to(here: Path) -> None:
     """A folder of something else, and one that is not there."""
     with pytest.raises(CommandError, match=r"has no config\.yaml"):
         titan.attach(here)
-    with pytest.raises(CommandError, match="there is no such folder"):
+    with pytest.raises(CommandError, match="there is no such directory"):
         titan.attach(here / "none")
 
 

@@ -10,7 +10,7 @@ import yaml
 from titan.config.check import check_config
 from titan.config.degrees import AXES, Machine, world_size
 from titan.config.keys import schema_keys
-from titan.config.load import compose, compose_points, conf_dir, config_text, option_groups, parse_config, to_typed
+from titan.config.load import Composer, compose, conf_dir, config_text, option_groups, parse_config, to_typed
 from titan.config.schema import Dtype
 
 OPTIONS = [
@@ -116,7 +116,7 @@ def test_points_of_a_sweep_are_composed_as_by_themselves() -> None:
     points = [
         [*point, "run.dir=runs/${run.name}"] for point in [*points, points[0]]
     ]  # else it would have the time in it
-    assert [to_typed(each) for each in compose_points(points)] == [compose(point) for point in points]
+    assert [to_typed(each) for each in map(Composer(), points)] == [compose(point) for point in points]
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.support.command import clean_environment
+from tests.support.configs import compose
 from titan.config.keys import is_known
-from titan.config.load import compose, option_groups
+from titan.config.load import option_groups
 from titan.config.schema import TitanConfig
 from titan.convert.__main__ import main
 from titan.convert.toml import Translation, read_toml, translate

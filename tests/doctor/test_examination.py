@@ -229,8 +229,8 @@ def test_little_shared_memory_and_few_files_are_said(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of commands, the only one that is searched, besides the shell's."""
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    """A folder of commands, the only one that is searched: this machine may have SLURM's."""
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     return tmp_path
 
@@ -253,7 +253,7 @@ def test_a_slurm_that_does_not_answer_is_a_problem(slurm: Path, monkeypatch: pyt
     plant(slurm, "echo Unable to contact slurm controller >&2; exit 1", "sinfo")
     assert "Unable to contact" in one(surroundings.find_slurm(), "slurm").what
     monkeypatch.setattr(surroundings, "_SLURM_SECONDS", 0.2)
-    plant(slurm, "exec sleep 5", "sinfo")
+    plant(slurm, "exec /bin/sleep 5", "sinfo")
     found = one(surroundings.find_slurm(), "slurm")
     assert is_bad(found)
     assert "not answered" in found.what

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose, save_config
+from titan.config.load import save_config
 from titan.errors import ConfigError
 from titan.launch import jobs
 from titan.launch.dispatch import freeze

@@ -11,9 +11,9 @@ import pytest
 from tests.conftest import Command
 from tests.data.vocabulary import write_json_tokenizer
 from tests.support.command import FAULT, REPOSITORY, TINY
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.errors import ConfigError
 from titan.launch.environment import adopt_slurm_step, current_rank, expand_counts, first_host, slurm_gpus

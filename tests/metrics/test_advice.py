@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.metrics.test_guarded import warnings  # noqa: F401  # a fixture
-from titan.config.load import compose
+from tests.support.configs import compose
 from titan.metrics.advice import Advice
 
 USUAL = {"loss": 2.0, "grad_norm": 1.0, "memory_gib": 10.0, "step_seconds": 3.0, "tokens_per_second": 1000.0}

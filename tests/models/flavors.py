@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from titan.config.load import compose, conf_dir
+from tests.support.configs import compose
+from titan.config.load import conf_dir
 from titan.config.schema import ModelConfig
 from titan.models.llama import Llama
 

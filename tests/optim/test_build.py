@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from titan.config.load import compose
+from tests.support.configs import compose
 from titan.config.schema import ModelConfig, OptimizerConfig
 from titan.models.llama import Llama
 from titan.optim.build import build_optimizer, has_weight_decay

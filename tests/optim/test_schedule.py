@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, SequentialLR
 
-from titan.config.load import compose
+from tests.support.configs import compose
 from titan.config.schema import DecayType, LrSchedulerConfig
 from titan.optim.schedule import lr_factor, set_learning_rate
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.config.schema import TitanConfig
 from titan.data.prepared import open_prepared, write_documents
 from titan.data.rows import PreparedRows

@@ -1,8 +1,8 @@
-"""Ranks that stay alive between tests: importing torch in four processes takes longer than most tests do.
+"""Ranks that stay alive between tests, forked from a process that has imported all they need.
 
-Each job gets a process group of its own over gloo and leaves none behind. What PyTorch keeps beyond that is bounded:
-ranks are replaced after some jobs. One that dies says where it was, in Python and in native code, on the standard error
-that pytest shows with the failed test.
+Importing torch in every rank would take longer than most tests do. Each job gets a process group of its own over gloo
+and leaves none behind. What PyTorch keeps beyond that is bounded: ranks are replaced after some jobs. One that dies
+says where it was, in Python and in native code, on the standard error that pytest shows with the failed test.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import reduction
 from multiprocessing.connection import wait
 from typing import Any
 
 JOBS_OF_A_PROCESS = 40
 """A run has a process to itself. PyTorch keeps things of earlier ones that no call ends: the flight recorder has the
 last 2000 exchanges with all the code that led to them (2.13)."""
+
+_PRELOADED = ["tests.parallel.layouts", "titan.trainer.loop", "torch._dynamo", "torch.distributed.pipelining"]
 
 
 class RankPool:
@@ -93,12 +96,14 @@ class RankPool:
         ]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
+            errors = _Errors()
+            process = context.Process(target=_serve, args=(rank, self.world_size, theirs, errors), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -109,7 +114,18 @@ class RankPool:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _serve(rank: int, world_size: int, pipe: Any) -> None:
+class _Errors:
+    """This process's standard error, for one that was forked from another, which has what pytest set long ago."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
+        return _Errors._become, (reduction.DupFd(2),)
+
+    @staticmethod
+    def _become(ours: Any) -> None:
+        os.dup2(ours.detach(), 2)
+
+
+def _serve(rank: int, world_size: int, pipe: Any, errors: Any) -> None:
     import torch
     import torch.distributed as dist
 
@@ -118,6 +134,9 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch._C._set_print_stack_traces_on_fatal_signal(True)  # native ones, of all threads
     faulthandler.enable()  # Python's; after the others, so that these are written first
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    leave_process_group()  # it has seen all caches before they are hidden from it
+    gc.freeze()  # all modules, which every later collection would look through, and nothing of a job
     while True:
         try:
             function, arguments, store = pipe.recv()
@@ -132,8 +151,6 @@ def _serve(rank: int, world_size: int, pipe: Any) -> None:
                 if "torch._dynamo" in sys.modules:  # or the layouts of many tests would count as one program's
                     torch._dynamo.reset()
                 leave_process_group()
-            if gc.get_freeze_count() == 0:
-                gc.freeze()  # all modules, which every later collection would look through
         except BaseException:
             answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(answer)

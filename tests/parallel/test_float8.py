@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from tests.support.configs import compose
 from titan.checkpoint.manifest import Manifest
 from titan.checkpoint.state import optimizer_state, weights_state
 from titan.checkpoint.store import CheckpointStore
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.config.schema import CheckpointConfig, CheckpointContent, Float8Config, Float8Recipe
 from titan.data.rows import PreparedRows
 from titan.errors import ConfigError

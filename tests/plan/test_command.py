@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose, save_config
+from titan.config.load import save_config
 from titan.errors import ConfigError
 from titan.plan import __main__ as command
 from titan.plan import calibration

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tests.parallel.layouts import SMALL
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine, world_size
-from titan.config.load import compose
 from titan.config.schema import ActivationCheckpointMode, Dtype, Float8Recipe, ReshardAfterForward, TitanConfig
 from titan.models.llama import Llama
 from titan.parallel.activation_checkpoint import apply_activation_checkpoint
@@ -187,8 +187,9 @@ def test_what_each_option_saves() -> None:
 def test_the_loss_takes_what_it_makes() -> None:
     """All logits at once: the softmax and two gradients, in float32; in chunks a fraction of that."""
     overrides = ("cluster.devices_per_node=1", "model=llama3_8b", "training.seq_len=8192",
-                 "training.local_batch_size=1")  # fmt: skip
+                 "training.local_batch_size=4")  # fmt: skip
     whole = Shapes(resolved(*overrides, "training.loss_chunk_size=0"))
-    hidden = 2 * 8192 * 4096 * whole.bytes
-    assert loss_bytes(whole) - hidden == 12 * 8192 * 128_256
-    assert loss_bytes(Shapes(resolved(*overrides))) < loss_bytes(whole) / 2
+    hidden = 2 * whole.tokens * 4096 * whole.bytes
+    assert whole.tokens == 4 * 8192
+    assert loss_bytes(whole) - hidden == 12 * whole.tokens * 128_256
+    assert loss_bytes(Shapes(resolved(*overrides))) < loss_bytes(whole) / 4

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.plan.assumptions import TORCHTITAN_2025, Assumptions
 from titan.plan.published import (
     LATER_ROWS,

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose, config_text
+from titan.config.load import config_text
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC).timestamp()
 

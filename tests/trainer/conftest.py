@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from tests.support.command import TINY
+from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.load import compose
 from titan.config.schema import FaultToleranceConfig, TitanConfig
 from titan.launch.dispatch import freeze
 from titan.run_directory import RunDirectory
