@@ -63,6 +63,15 @@ def test_it_says_what_the_moments_take(state_dtype: str, bytes_a_number: int) ->
     assert sum(moment.nbytes for moment in moments) == bytes_a_number * weight.numel()
 
 
+def test_gathered_weights_have_the_format_of_the_computing() -> None:
+    """Twice the bytes in float32."""
+    single, double = (
+        simulate(simulated(*SMALL, "cluster.devices_per_node=4", f"training.param_dtype={dtype}"))
+        for dtype in ("bfloat16", "float32")
+    )
+    assert 2 * single.largest_gathered_bytes == double.largest_gathered_bytes
+
+
 def test_all_ranks_together_have_the_model_once() -> None:
     """Without replicas, and with norms that tensor parallelism does not cut, the shards add up."""
     config = (*SMALL, "parallelism.pp=2", "cluster.devices_per_node=2", "cluster.nodes=4", "parallelism.cp=2")

@@ -25,9 +25,10 @@ from urllib.parse import urlsplit
 import huggingface_hub
 from huggingface_hub import constants, errors
 
+from titan.command import exit_code
 from titan.config.schema import TokenizerKind
 from titan.config.tokenizer_files import guess_kind
-from titan.errors import INTERRUPTED, CommandError, TitanError
+from titan.errors import CommandError, TitanError
 
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -37,17 +38,13 @@ _MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     parsed = build_parser().parse_args(arguments)
-    try:
-        for line in download(parsed.repo, parsed.what, parsed.revision, parsed.to, getattr(parsed, "original", False)):
+    original = getattr(parsed, "original", False)
+
+    def run() -> None:
+        for line in download(parsed.repo, parsed.what, parsed.revision, parsed.to, original):
             print(line, flush=True)
-        code = 0
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on, and files that are whole stay", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+
+    sys.exit(exit_code(run, "interrupted; the same command goes on, and files that are whole stay"))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan.config.degrees import accumulation_steps, describe_degrees, pipeline_microbatches, world_size
-from titan.config.schema import TitanConfig
+from titan.config.schema import Dtype, TitanConfig
 from titan.data.loader import Batch
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.models.decoder import Decoder
@@ -103,7 +103,7 @@ def simulate(config: TitanConfig) -> Simulated:
             weights_bytes=weights,
             gradients_bytes=weights,
             optimizer_bytes=_moments_bytes(config, local),
-            largest_gathered_bytes=max(_gathered_bytes(part) for part in model.parts),
+            largest_gathered_bytes=max(map(_gathered_numbers, model.parts)) * _number_bytes(config),
             modules=[describe_modules(_modules(part)) for part in model.parts],
             applied=model.applied,
             build_seconds=build_seconds,
@@ -234,8 +234,12 @@ def _stage_runner(config: TitanConfig, model: BuiltModel, device: torch.device) 
     return run
 
 
-def _gathered_bytes(part: Decoder) -> int:
-    """Return the bytes of the largest group that `apply_fsdp` gathers as one: a block, or the two ends."""
+def _number_bytes(config: TitanConfig) -> int:
+    return 2 if config.training.param_dtype is Dtype.bfloat16 else 4
+
+
+def _gathered_numbers(part: Decoder) -> int:
+    """Return the numbers of the largest group that `apply_fsdp` gathers as one: a block, or the two ends."""
 
     def size(parameters: Iterator[torch.nn.Parameter]) -> int:
         total = 0
@@ -250,7 +254,7 @@ def _gathered_bytes(part: Decoder) -> int:
     groups.append(sum(size(module.parameters()) for module in (part.norm, part.output) if module is not None))
     if part.tok_embeddings is not None:
         groups.append(size(part.tok_embeddings.parameters()))
-    return 2 * max(groups)
+    return max(groups)
 
 
 def _modules(part: Decoder) -> list[str]:

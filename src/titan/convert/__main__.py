@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from titan.command import exit_code
 from titan.config.schema import ModelConfig
-from titan.errors import INTERRUPTED, CommandError, TitanError
+from titan.errors import CommandError
 
 _FORMATS = ("float32", "bfloat16", "float16")
 _M_MMAP_THRESHOLD = -3
@@ -36,15 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     parsed = build_parser().parse_args(arguments)
     give_memory_back()
-    try:
-        code = parsed.run(parsed)
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
+    sys.exit(exit_code(lambda: parsed.run(parsed)))
 
 
 def give_memory_back() -> None:

@@ -10,13 +10,11 @@ Exit codes: 0 done; 2 the command is wrong; 66 no usable weights.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 
-from titan.errors import INTERRUPTED, TitanError
+from titan.command import exit_code
 from titan.generate.options import describe_options, read_options, read_prompts
-from titan.log import silence
 
 RANK = "rank"
 """The word with which this command starts the processes of tp=N."""
@@ -29,24 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from titan.generate.ranks import rank_main
 
         rank_main(words[1:])
-    try:
-        parsed = build_parser().parse_intermixed_args(words)
-        options = read_options(parsed.overrides)
-        prompts = read_prompts(options)
-        from titan.generate.run import run  # torch takes seconds, which a mistyped command need not
+    parsed = build_parser().parse_intermixed_args(words)
+    sys.exit(exit_code(lambda: _generate(parsed)))
 
-        run(options, prompts, parsed.json)
-        code = 0
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = INTERRUPTED
-    except BrokenPipeError:  # `| head`
-        silence(sys.stdout)
-        code = 128 + signal.SIGPIPE
-    sys.exit(code)
+
+def _generate(parsed: argparse.Namespace) -> None:
+    options = read_options(parsed.overrides)
+    prompts = read_prompts(options)
+    from titan.generate.run import run  # torch takes seconds, which a mistyped command need not
+
+    run(options, prompts, parsed.json)
 
 
 def build_parser() -> argparse.ArgumentParser:

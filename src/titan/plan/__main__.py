@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
+from titan.command import exit_code
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
-from titan.errors import INTERRUPTED, CommandError, Problem, TitanError
+from titan.errors import CommandError, Problem
 from titan.plan import calibration as calibrations
 from titan.plan.assumptions import Assumptions
 from titan.plan.devices import DEVICES, Accelerator
@@ -40,20 +41,10 @@ _BANDWIDTHS = {
 def main() -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:]
-    try:
-        if arguments[:1] == ["published"]:
-            return _published(arguments[1:])
-        given = build_parser().parse_intermixed_args(arguments)
-        return 0 if _plan(given) else 1
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # nobody reads on
-        sys.stderr.close()
-        return CommandError.exit_code
+    if arguments[:1] == ["published"]:
+        return exit_code(lambda: _published(arguments[1:]))
+    given = build_parser().parse_intermixed_args(arguments)
+    return exit_code(lambda: 0 if _plan(given) else 1)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 
-from titan.errors import INTERRUPTED, ConfigError, TitanError
+from titan.command import exit_code
 from titan.prepare import make, replay, show
 
 COMMANDS = {"verify": show.verify_main, "show": show.main, "replay": replay.main}
@@ -30,17 +30,10 @@ def main() -> int:
         print(f"\n{make.build_parser().format_help()}".rstrip())
         return 0
     command = COMMANDS.get((arguments[:1] or [""])[0])
-    try:
-        return 0 if (make.main(arguments) if command is None else command(arguments[1:])) else 1
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted; what is done is kept, and the same command goes on", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # nobody reads on
-        sys.stderr.close()
-        return ConfigError.exit_code
+    return exit_code(
+        lambda: 0 if (make.main(arguments) if command is None else command(arguments[1:])) else 1,
+        "interrupted; what is done is kept, and the same command goes on",
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan.errors import INTERRUPTED, CommandError, TitanError
+from titan.command import exit_code
+from titan.errors import CommandError
 from titan.report.page import build_page
 from titan.report.runs import Run, find_runs
 from titan.report.terminal import describe
@@ -26,26 +27,7 @@ from titan.run_directory import RunDirectory, short_path, utc_now, write_atomica
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = build_parser().parse_args(arguments)
-    try:
-        runs = find_runs(parsed.runs)
-        if parsed.text:
-            width = shutil.get_terminal_size((120, 24)).columns
-            for line in describe(runs, time.time(), width):
-                print(line)
-        if parsed.output or not parsed.text:
-            write_page(runs, parsed.runs, parsed.output)
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # nobody reads on
-        sys.stderr.close()
-    except OSError as error:
-        print(f"{error.filename} cannot be read: {error.strerror}", file=sys.stderr)
-        return CommandError.exit_code
-    return 0
+    return exit_code(lambda: show(parsed.runs, parsed.text, parsed.output))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,6 +44,26 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the page goes (default: RUN_DIR/report.html, or ./report.html for several)",
     )
     return parser
+
+
+def show(paths: Sequence[Path], as_text: bool, output: Path | None) -> None:
+    """Write the page, or the terminal's lines, or both.
+
+    Raises:
+        CommandError: If there is no run, or something cannot be read or written.
+    """
+    try:
+        runs = find_runs(paths)
+        if as_text:
+            width = shutil.get_terminal_size((120, 24)).columns
+            for line in describe(runs, time.time(), width):
+                print(line)
+        if output or not as_text:
+            write_page(runs, paths, output)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise CommandError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def write_page(runs: Sequence[Run], paths: Sequence[Path], output: Path | None) -> None:

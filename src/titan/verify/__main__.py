@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import sys
 
-from titan.errors import INTERRUPTED, ConfigError, TitanError
+from titan.command import exit_code
+from titan.errors import ConfigError
 from titan.verify import parity, resume
 
 COMMANDS = {"parity": parity.main, "resume": resume.main}
@@ -32,14 +33,7 @@ def main() -> int:
         wants_help = name in ("-h", "--help")
         print((__doc__ or "").rstrip() if wants_help else "usage: python -m titan.verify parity|resume [--help]")
         return 0 if wants_help else ConfigError.exit_code
-    try:
-        return 0 if COMMANDS[name](arguments) else 1
-    except TitanError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code(lambda: 0 if COMMANDS[name](arguments) else 1)
 
 
 if __name__ == "__main__":
