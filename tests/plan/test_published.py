@@ -12,9 +12,10 @@ import pytest
 from tests.support.configs import compose
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.plan.assumptions import TORCHTITAN_2025, Assumptions
+from titan.plan.assumptions import TITAN, TORCHTITAN_2025, Assumptions
 from titan.plan.published import (
     LATER_ROWS,
+    OWN_ROWS,
     ROWS,
     Compared,
     Row,
@@ -28,12 +29,15 @@ from titan.plan.published import (
 PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 MISSED = {"8B, 64 H100, tp 8, rowwise": (0.25, 0.50), "8B, 64 H100, tp 8, rowwise, async": (0.25, 0.60)}
 """Rows whose tokens/s are further off than 25 %, and between what."""
+MISSED_MEMORY = {"8B cut to 8 layers, 1 GPU, float8": (0.15, 0.25)}
+"""Rows whose memory is further off than 15 %, and between what."""
 
 
 @functools.cache
 def compared() -> dict[Row, Compared]:
     """Return every row with its plan."""
-    return {each.row: each for each in (*compare(), *compare(LATER_ROWS, TORCHTITAN_2025))}
+    later, own = compare(LATER_ROWS, TORCHTITAN_2025), compare(OWN_ROWS, TITAN)
+    return {each.row: each for each in (*compare(), *later, *own)}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -45,13 +49,15 @@ def test_published_tables_are_met(row: Row) -> None:
     assert abs(each.speed_error) < 0.25
 
 
-@pytest.mark.parametrize("row", LATER_ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", (*LATER_ROWS, *OWN_ROWS), ids=lambda row: row.name)
 def test_rows_that_nothing_was_fitted_to(row: Row) -> None:
-    """Later runs, of a later program and partly on another GPU, are met too; or missed by as much as is said."""
+    """Later runs, of a later program and of titan, partly on another GPU, are met; or missed by as much as is said."""
     each = compared()[row]
     low, high = MISSED.get(row.name, (0.0, 0.25))
     assert low <= abs(each.speed_error) < high
-    assert each.memory_error is None or abs(each.memory_error) < 0.15
+    if each.memory_error is not None:
+        low, high = MISSED_MEMORY.get(row.name, (0.0, 0.15))
+        assert low <= abs(each.memory_error) < high
 
 
 def test_the_first_row_is_fitted_and_what_is_shipped_is_that() -> None:
@@ -76,6 +82,5 @@ def test_rows_are_configs_as_a_user_would_compose_them() -> None:
 def test_the_page_shows_the_table_as_it_comes_out() -> None:
     """docs/plan.md has what `python -m titan.plan published` prints."""
     found = re.findall(r"^\|.*\|$", PAGE.read_text(), flags=re.MULTILINE)
-    rows = [*compared().values()]
-    for line in (*constants(), *table(rows[: len(ROWS)]), *table(rows[len(ROWS) :])):
+    for line in (*constants(), *table([*compared().values()])):
         assert line in found

@@ -7,7 +7,8 @@ under context parallelism.
 
 The two constants that are fitted are fitted to the first row alone. `python -m titan.plan published` prints the table.
 
-A second set of rows is of June 2025, by a later program; no constant was chosen by them.
+A second set of rows is of June 2025, by a later program, and a third of titan itself on one GPU; no constant was chosen
+by them.
 
 Source:
     https://github.com/pytorch/torchtitan/tree/main/benchmarks: llama3_h100_202412_torchtitan.md (tables 1 to 6),
@@ -25,7 +26,7 @@ from titan.config.degrees import Machine, world_size
 from titan.config.keys import schema_keys
 from titan.config.load import compose
 from titan.config.schema import TitanConfig
-from titan.plan.assumptions import TORCHTITAN_2024, TORCHTITAN_2025, Assumptions, System
+from titan.plan.assumptions import TITAN, TORCHTITAN_2024, TORCHTITAN_2025, Assumptions, System
 from titan.plan.calibration import fit
 from titan.plan.devices import find_device
 from titan.plan.planner import Plan, build_plan
@@ -115,6 +116,15 @@ LATER_ROWS = (
 )
 """Of June 2025, by a later program: no constant was chosen by them."""
 
+_OWN = ("cluster=simulated", "cluster.devices_per_node=1", "compile.enable=true", "training.seq_len=8192")
+_CUT = (*_OWN, "model=llama3_8b", "model.n_layers=8", "training.local_batch_size=2")
+OWN_ROWS = (
+    Row("H100", "8B cut to 8 layers, 1 GPU", _CUT, 33933, 72.7, "h100"),
+    Row("H100", "8B cut to 8 layers, 1 GPU, float8", (*_CUT, "float8.recipe=tensorwise"), 41145, 67.0, "h100"),
+    Row("H100", "3.2 1B, 1 GPU", (*_OWN, "model=llama3_2_1b", "training.local_batch_size=4"), 53966, None, "h100"),
+)
+"""titan's own, from docs/performance.md: planned before they were measured, and nothing was chosen by them."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -192,6 +202,10 @@ def report() -> Iterator[str]:
     yield "Of June 2025, with the same constants:"
     yield ""
     yield from table(compare(LATER_ROWS, TORCHTITAN_2025))
+    yield ""
+    yield "Of titan itself, with the same constants:"
+    yield ""
+    yield from table(compare(OWN_ROWS, TITAN))
 
 
 def constants() -> Iterator[str]:
