@@ -49,7 +49,7 @@ def test_published_tables_are_met(row: Row) -> None:
     assert abs(each.speed_error) < 0.25
 
 
-@pytest.mark.parametrize("row", (*LATER_ROWS, *OWN_ROWS), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*LATER_ROWS, *OWN_ROWS], ids=lambda row: row.name)
 def test_rows_that_nothing_was_fitted_to(row: Row) -> None:
     """Later runs, of a later program and of titan, partly on another GPU, are met; or missed by as much as is said."""
     each = compared()[row]
