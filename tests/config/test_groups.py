@@ -109,6 +109,7 @@ def test_points_of_a_sweep_are_composed_as_by_themselves() -> None:
         ["training.seed=2", "model=llama3_8b", "model.n_layers=4"],
         ["model.rope_scaling=null", "model=llama3_8b", "run.name=${model.name}-x"],
         ["experiment=llama3_8b_8gpu", "training.steps=7"],
+        ["training.steps=7", "training.steps=8", "training.steps=7"],
         ["training.steps=7", "experiment=llama3_8b_8gpu", "training={seq_len:64}"],
         ["+cluster.environment.A=1", "+cluster.sbatch={nice:3}", "cluster.setup=[a,b]"],
         ["cluster=slurm", "cluster.nodes=2", "parallelism.pp_modules=[[tok_embeddings],[norm,output]]"],

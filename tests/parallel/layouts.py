@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ SMALL = (
     "model.n_kv_heads=4",
     "model.ffn_dim=64",
     "model.vocab_size=320",
-    "training.steps=3",
+    "training.steps=2",
     "training.seq_len=32",
     "training.local_batch_size=2",
     "training.global_batch_size=8",
@@ -39,11 +40,11 @@ TOKENS = 20_011
 """No multiple of the row length, so that the last row is padded."""
 
 
-def make_packed(path: Path, vocab_size: int = 258) -> Path:
+def make_packed(path: Path, vocab_size: int = 258, count: int = TOKENS) -> Path:
     """Write tokens that a model can learn something from: noisy counting, in documents of about 12 tokens."""
     generator = np.random.default_rng(0)
-    tokens = np.cumsum(generator.integers(1, 4, TOKENS)) % (vocab_size - 2)
-    tokens[generator.random(TOKENS) < 1 / 12] = vocab_size - 2  # tokenizer=bytes begins documents with 256
+    tokens = np.cumsum(generator.integers(1, 4, count)) % (vocab_size - 2)
+    tokens[generator.random(count) < 1 / 12] = vocab_size - 2  # tokenizer=bytes begins documents with 256
     starts = np.flatnonzero(tokens == vocab_size - 2)
     write_documents(path, np.split(tokens, starts[starts > 0]), vocab_size)
     return path
@@ -56,8 +57,13 @@ def open_packed(path: Path, config: TitanConfig, vocab_size: int = 258) -> Prepa
 
 
 def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
-    """Compose, check and resolve the small config for a layout."""
+    """Compose, check and resolve the small config for a layout: of two micro-batches a step, if it does not say."""
     config = compose([*SMALL, f"cluster.devices_per_node={world_size}", *overrides])
+    if not any(text.startswith("training.local_batch_size=") for text in overrides):
+        settings = config.parallelism
+        data_ranks = world_size // (settings.pp * settings.cp * settings.tp)
+        rows = max(config.training.global_batch_size // data_ranks // 2, 2 if settings.pp > 1 else 1)
+        config = replace(config, training=replace(config.training, local_batch_size=rows))
     return check_config(config, Machine())
 
 

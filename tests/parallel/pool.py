@@ -7,6 +7,7 @@ says where it was, in Python and in native code, on the standard error that pyte
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
@@ -19,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing import reduction
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 JOBS_OF_A_PROCESS = 40
@@ -57,6 +59,7 @@ class RankPool:
             for pipe in self.pipes:
                 pipe.send((function, arguments, f"{folder}/store"))
             answers: dict[int, Any] = {}
+            has_left = False
             deadline = time.monotonic() + timeout
             while len(answers) < self.world_size:
                 waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
@@ -64,7 +67,8 @@ class RankPool:
                 for pipe in ready:
                     rank = self.pipes.index(pipe)
                     try:
-                        succeeded, answers[rank] = pipe.recv()
+                        succeeded, answers[rank], groups = pipe.recv()
+                        has_left |= groups > 0
                     except EOFError:
                         succeeded, answers[rank] = False, f"rank {rank} is gone"
                     if not succeeded:
@@ -74,6 +78,8 @@ class RankPool:
                 if not ready:
                     self.close()
                     raise AssertionError(f"ranks {set(range(self.world_size)) - set(answers)} hang")
+        if has_left:  # compiled code refers to the mesh that it was compiled for
+            self.close()
         return [answers[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
@@ -153,4 +159,13 @@ def _serve(rank: int, world_size: int, pipe: Any, errors: Any) -> None:
                 leave_process_group()
         except BaseException:
             answer = (False, f"rank {rank}:\n{traceback.format_exc()}")
-        pipe.send(answer)
+        pipe.send((*answer, count_groups()))
+
+
+def count_groups() -> int:
+    """Return how many gloo groups this process has, as the threads tell that serve their connections, on Linux."""
+    groups = 0
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            groups += path.read_text() == "gloo_tcp_loop\n"
+    return groups

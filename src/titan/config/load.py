@@ -143,12 +143,12 @@ class Composer:
     def __call__(self, overrides: Sequence[str]) -> DictConfig:
         """Compose to Hydra's own type, or raise what it raises."""
         try:
-            values = {text: _value_of(text, self._parser) for text in overrides}
-            choices = tuple(text for text, value in values.items() if value is None)
+            values = [_value_of(text, self._parser) for text in overrides]
+            choices = tuple(text for text, value in zip(overrides, values, strict=True) if value is None)
             if choices not in self._made:
                 self._made[choices] = compose_untyped(choices, self.config_dir, self.config_name)
             composed = copy.deepcopy(self._made[choices])
-            for key, value in filter(None, values.values()):
+            for key, value in filter(None, values):  # of a key that is set twice the last one counts
                 OmegaConf.update(composed, key, value, merge=True)
         except COMPOSITION_ERRORS:
             return compose_untyped(overrides, self.config_dir, self.config_name)  # which says it in Hydra's words
