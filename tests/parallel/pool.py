@@ -28,6 +28,7 @@ JOBS_OF_A_PROCESS = 40
 last 2000 exchanges with all the code that led to them (2.13)."""
 
 _PRELOADED = ["tests.parallel.layouts", "titan.trainer.loop", "torch._dynamo", "torch.distributed.pipelining"]
+_NICENESS = 10
 
 
 class RankPool:
@@ -137,6 +138,8 @@ def _serve(rank: int, world_size: int, pipe: Any, errors: Any) -> None:
 
     from titan.parallel.mesh import leave_process_group
 
+    if world_size > (os.cpu_count() or 1):
+        os.nice(_NICENESS)  # or sixteen ranks would starve the one of a test beside them
     torch.set_num_threads(1)
     torch._C._set_print_stack_traces_on_fatal_signal(True)  # native ones, of all threads
     faulthandler.enable()  # Python's; after the others, so that these are written first
