@@ -10,14 +10,14 @@ INSTALLED := $(VENV)/.installed
 train: $(INSTALLED)
 	$(BIN)/python -m titan.train
 
-# Two at a time, on two cores as on more: most tests wait for processes that they have started.
+# Three at a time, on two cores as on more: most tests wait for processes that they have started.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 # Apart from each other: sixteen ranks would starve the processes that the other tests start and wait for.
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist loadfile tests/parallel tests/data
-	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal --ignore tests/parallel --ignore tests/data
+	$(BIN)/python -m pytest -q -m slow -n 3 --dist worksteal --ignore tests/parallel --ignore tests/data
 
 # A real SLURM cluster of four nodes on this machine: needs root and Debian's packages, which it installs.
 test-slurm: $(INSTALLED)
