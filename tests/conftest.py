@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from .support.command import TINY, Finished, clean_environment, finish, start
 
 Command = Callable[..., Finished]
 
+# A shell's background job ignores Ctrl-C, and so would every command that these tests start there and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Compiling titan anew takes each process longer than all else that its front end does.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False

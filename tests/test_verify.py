@@ -178,10 +178,7 @@ def test_an_interrupted_run_is_the_undisturbed_one(titan_process: Command, text_
 @pytest.mark.parametrize(
     ("first", "onto"),
     [
-        (
-            "cluster.devices_per_node=4 parallelism=fsdp_tp parallelism.tp=2",
-            "cluster.devices_per_node=1 parallelism.tp=1",
-        ),
+        ("cluster.devices_per_node=2 parallelism.tp=2", "cluster.devices_per_node=1 parallelism.tp=1"),
         ("cluster.devices_per_node=2 parallelism.pp=2", "parallelism.pp=1 parallelism.cp=2"),
         (
             "cluster.devices_per_node=4 parallelism=hsdp parallelism.dp_replicate=2",

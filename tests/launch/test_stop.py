@@ -59,7 +59,7 @@ def started_and_at_work(process: Started, here: Path) -> None:
         (1, signal.SIGTERM),
         *(
             pytest.param(2, number, marks=pytest.mark.slow)
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
         ),
     ],
 )

@@ -83,8 +83,6 @@ LAYOUTS = [
     *[
         pytest.param(world_size, overrides, marks=pytest.mark.slow)
         for world_size, overrides in [
-            (2, (*mesh(tp=2), *options("sequence_parallel=false", "loss_parallel=false"))),
-            (2, (*mesh(cp=2), *options("cp_method=ring", "cp_head_tail=false"))),
             (2, (*mesh(pp=2), *options("pp_schedule=ZBVZeroBubble"), *BLOCK_EACH, *FOUR_ROWS)),
             (2, (*mesh(dp_shard=2), "compile=inductor", "compile.backend=aot_eager")),
             (4, mesh(pp=2, tp=2)),
