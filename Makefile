@@ -25,7 +25,7 @@ test-slurm: $(INSTALLED)
 
 # FAULT_SEED=7 draws other moments; FAULT_ROUNDS=3 goes through all of it three times.
 test-faults: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m faults -n 2 --dist worksteal tests/faults
+	$(BIN)/python -m pytest -q -m faults -n 3 --dist worksteal tests/faults
 
 # The same, and what it found into docs/reliability.md.
 reliability: $(INSTALLED)
