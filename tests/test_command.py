@@ -43,7 +43,12 @@ def test_a_defect_keeps_its_traceback() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["titan.convert", "toml", "run.toml"], ["titan.plan", "model=llama3_8b", "--device", "h100"]]
+    "arguments",
+    [
+        ["titan.convert", "toml", "run.toml"],
+        ["titan.plan", "model=llama3_8b", "--device", "h100"],
+        ["titan.doctor", "--seconds", "1"],
+    ],
 )
 def test_a_reader_that_has_gone_is_no_error(arguments: list[str], tmp_path: Path) -> None:
     """`| head` ends a command as it ends every other: without a word."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan.config.degrees import accumulation_steps, describe_degrees, pipeline_microbatches, world_size
-from titan.config.schema import Dtype, TitanConfig
+from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
 from titan.metrics.memory import peak_memory_gib, reset_peak_memory
 from titan.models.decoder import Decoder
 from titan.models.family import ModelFamily, load_family
 from titan.optim.build import build_optimizer, state_dtype_of
-from titan.parallel.apply import allocate
+from titan.parallel.apply import DTYPES, allocate
 from titan.parallel.mesh import build_mesh, leave_process_group
 from titan.trainer.build import update_compiler
 from titan.trainer.device import device_name
@@ -103,7 +103,8 @@ def simulate(config: TitanConfig) -> Simulated:
             weights_bytes=weights,
             gradients_bytes=weights,
             optimizer_bytes=_moments_bytes(config, local),
-            largest_gathered_bytes=max(map(_gathered_numbers, model.parts)) * _number_bytes(config),
+            largest_gathered_bytes=max(map(_gathered_numbers, model.parts))
+            * DTYPES[config.training.param_dtype].itemsize,
             modules=[describe_modules(_modules(part)) for part in model.parts],
             applied=model.applied,
             build_seconds=build_seconds,
@@ -232,10 +233,6 @@ def _stage_runner(config: TitanConfig, model: BuiltModel, device: torch.device) 
                     seam.loss(out, batch.labels).backward()
 
     return run
-
-
-def _number_bytes(config: TitanConfig) -> int:
-    return 2 if config.training.param_dtype is Dtype.bfloat16 else 4
 
 
 def _gathered_numbers(part: Decoder) -> int:

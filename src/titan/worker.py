@@ -307,7 +307,7 @@ def train(
         )
         stack.enter_context(watchdog)
         trainer = build_trainer(config, device, data, held_out)
-        gc.enable()
+        gc.enable()  # paused since the process began
         logger.info(f"{'watchdog':<10} {describe_limits(config)}")
         resume(trainer)
         if trainer.state.step and rank.rank == 0:

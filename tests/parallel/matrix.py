@@ -50,7 +50,7 @@ class Case:
     def is_tested(self) -> bool:
         """Whether it is a test; what keeps two cores busy for long and shows little that others do not is in the table.
 
-        Those are sixteen ranks with options, seven that compile, and four that only repeat what two show.
+        Those are three of sixteen ranks with options, six that compile, and six of four that repeat what two show.
         """
         if self.kind == "compile":
             also = ("data.mask_documents=true", "parallelism.cp_method=all_to_all")

@@ -109,9 +109,9 @@ class RankPool:
         os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            errors = _Errors()
-            process = context.Process(target=_serve, args=(rank, self.world_size, theirs, errors), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world_size, theirs), daemon=True)
             process.start()
+            reduction.send_handle(ours, 2, process.pid)  # it was forked from one that has what pytest set long ago
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -121,23 +121,13 @@ class RankPool:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-class _Errors:
-    """This process's standard error, for one that was forked from another, which has what pytest set long ago."""
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
-        return _Errors._become, (reduction.DupFd(2),)
-
-    @staticmethod
-    def _become(ours: Any) -> None:
-        os.dup2(ours.detach(), 2)
-
-
-def _serve(rank: int, world_size: int, pipe: Any, errors: Any) -> None:
+def _serve(rank: int, world_size: int, pipe: Any) -> None:
     import torch
     import torch.distributed as dist
 
     from titan.parallel.mesh import leave_process_group
 
+    os.dup2(reduction.recv_handle(pipe), 2)
     if world_size > (os.cpu_count() or 1):
         os.nice(_NICENESS)  # or sixteen ranks would starve the one of a test beside them
     torch.set_num_threads(1)

@@ -71,8 +71,10 @@ def test_a_schedule_from_a_file_equals_one_process(record: Callable[..., Record]
 
 
 def test_the_document_lists_what_is_tested() -> None:
-    """The table in docs/parallelism.md was generated from the same cases."""
-    listed = DOCUMENT.read_text().split(BEGIN)[1].split(END)[0]
+    """The table in docs/parallelism.md was generated from the same cases, and how many are tests is said before it."""
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    assert f"{sum(case.is_tested for case in CASES)} of its {len(CASES)} rows are tests" in before
+    listed = rest.split(END)[0]
     rows = [line.split("|")[1:3] for line in listed.splitlines() if line.startswith("| ") and "`" in line]
     assert [(int(n), text.strip(" `")) for n, text in rows] == [(case.world_size, case.name) for case in CASES]
 

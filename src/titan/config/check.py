@@ -181,14 +181,15 @@ def check_heads(config: TitanConfig) -> Iterator[Problem]:
         return
     if model.dim % model.n_heads or (model.dim // model.n_heads) % 2:
         allowed = [n for n in _divisors(model.dim) if (model.dim // n) % 2 == 0]
-        dim = max(1, round(model.dim / (2 * model.n_heads))) * 2 * model.n_heads  # where it is odd, no heads will do
-        yield Problem(
-            f"model.n_heads = {model.n_heads} does not divide model.dim = {model.dim} into even heads",
-            f"Rotary embeddings turn pairs of numbers. Allowed here: {_listed(allowed)}."
-            if allowed
-            else "Rotary embeddings turn pairs of numbers, which an odd width has not.",
-            f"model.n_heads={_nearest(allowed, model.n_heads)}" if allowed else f"model.dim={dim}",
-        )
+        if allowed:
+            why = f"Rotary embeddings turn pairs of numbers. Allowed here: {_listed(allowed)}."
+            suggestion = f"model.n_heads={_nearest(allowed, model.n_heads)}"
+        else:
+            why = "Rotary embeddings turn pairs of numbers, which an odd width has not."
+            pairs = 2 * model.n_heads
+            suggestion = f"model.dim={max(1, round(model.dim / pairs)) * pairs}"
+        what = f"model.n_heads = {model.n_heads} does not divide model.dim = {model.dim} into even heads"
+        yield Problem(what, why, suggestion)
     if model.n_heads % model.n_kv_heads:
         allowed = _divisors(model.n_heads)
         yield Problem(

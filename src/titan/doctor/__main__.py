@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from titan.command import exit_code
 from titan.doctor.computing import find_computing
 from titan.doctor.finding import Check, Finding, Level, examine
 from titan.doctor.software import find_compiler, find_conf, find_locale, find_packages, find_python
@@ -30,7 +31,6 @@ from titan.doctor.surroundings import (
     find_shared_memory,
     find_slurm,
 )
-from titan.errors import INTERRUPTED
 
 _SECONDS = 17.0
 _SHARE_OF_FILES = 0.35
@@ -40,17 +40,17 @@ _SHARE_OF_FILES = 0.35
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit."""
     parsed = build_parser().parse_args(arguments)
-    try:
-        findings = find_all(parsed.run_dir, parsed.seconds)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    if parsed.json:
-        print(json.dumps([{**asdict(each), "level": each.level.name} for each in findings], indent=2))
-    else:
-        print("\n".join(describe(findings)))
-    code = int(any(each.level is Level.problem for each in findings))
-    sys.stdout.flush()
+    findings: list[Finding] = []
+
+    def run() -> int:
+        findings.extend(find_all(parsed.run_dir, parsed.seconds))
+        if parsed.json:
+            print(json.dumps([{**asdict(each), "level": each.level.name} for each in findings], indent=2))
+        else:
+            print("\n".join(describe(findings)))
+        return int(any(each.level is Level.problem for each in findings))
+
+    code = exit_code(run)
     sys.stderr.flush()
     if any("did not answer" in each.what for each in findings):
         os._exit(code)  # a thread that hangs would be waited for

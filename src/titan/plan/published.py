@@ -123,7 +123,7 @@ OWN_ROWS = (
     Row("H100", "8B cut to 8 layers, 1 GPU, float8", (*_CUT, "float8.recipe=tensorwise"), 41145, 67.0, "h100"),
     Row("H100", "3.2 1B, 1 GPU", (*_OWN, "model=llama3_2_1b", "training.local_batch_size=4"), 53966, None, "h100"),
 )
-"""titan's own, from docs/performance.md: planned before they were measured, and nothing was chosen by them."""
+"""titan's own, from docs/performance.md: no constant was chosen by them."""
 
 
 @dataclass(frozen=True)
