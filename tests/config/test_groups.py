@@ -135,3 +135,10 @@ def test_the_format_follows_the_device(overrides: list[str], machine: Machine, e
     """Bfloat16 where there are units for it, unless the user says something else."""
     config = compose(["data=python_stdlib", "run.dir=unused", *overrides])
     assert check_config(config, machine).training.param_dtype is expected
+
+
+def test_a_frozen_config_refers_to_nothing() -> None:
+    """Not even where a value was escaped: whoever reads the file later has another environment."""
+    text = config_text(compose([r"run.name='\${model.name}'", "run.dir=x"]))
+    assert "${" not in text
+    assert parse_config(text, "it").run.name == "llama3_debug"
