@@ -235,7 +235,7 @@ def main() -> None:
         def record(world_size: int, overrides: tuple[str, ...]) -> Record:
             if (world_size, overrides) not in known:
                 pool = pools.setdefault(world_size, RankPool(world_size))
-                known[world_size, overrides] = pool.run(record_layout, world_size, overrides, packed, timeout=300)[0]
+                known[world_size, overrides] = pool.run(record_layout, world_size, overrides, packed)[0]
             return known[world_size, overrides]
 
         for number, case in enumerate(CASES, 1):

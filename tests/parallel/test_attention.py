@@ -190,7 +190,7 @@ def test_flex_attention_trains_as_the_mask_does(
     """Losses, gradients and weights are those of one process with the mask, to rounding: the same code as on CUDA."""
     world_size, overrides = FLEX[layout]
     documents = "data.mask_documents=true"
-    found = pools(world_size).run(record_flex, world_size, (*overrides, documents), packed_file, timeout=250)[0]
+    found = pools(world_size).run(record_flex, world_size, (*overrides, documents), packed_file)[0]
     difference = compare_records(found, record(1, *mesh(), documents))
     assert difference.loss < 1e-5
     assert max(difference.grad_norm, difference.gradient, difference.weight) < 1e-4

@@ -151,7 +151,7 @@ def test_a_run_that_validates_is_the_run_that_does_not(
     overrides: tuple[str, ...],
 ) -> None:
     """Losses, gradient norms and every weight are the same to the bit, with two validations in between or without."""
-    without = pools(world_size).run(record_layout, world_size, overrides, packed_file, False, timeout=250)[0]
+    without = pools(world_size).run(record_layout, world_size, overrides, packed_file, False)[0]
     found = record(world_size, *overrides)
     assert (len(found.validation_losses), without.validation_losses) == (2, [])
     assert (found.losses, found.grad_norms) == (without.losses, without.grad_norms)

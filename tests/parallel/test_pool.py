@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,34 @@ def keep_group() -> None:
 
 
 _kept: list[dist.ProcessGroup] = []
+
+
+def test_ranks_that_do_nothing_hang_and_busy_ones_do_not(capfd: pytest.CaptureFixture[str]) -> None:
+    """However slow the machine is; those that hang say where they are."""
+    ranks = RankPool(2)
+    try:
+        ranks.run(os.getpid)
+        assert ranks.run(keep_busy, patience=0.5) == [True, True]
+        with pytest.raises(AssertionError, match=r"ranks \[1\] hang"):
+            ranks.run(wait_on_rank_1, patience=0.5)
+        assert "in wait_on_rank_1" in capfd.readouterr().err
+        assert ranks.run(keep_busy, patience=0.5) == [True, True], "they were started anew"
+    finally:
+        ranks.close()
+
+
+def keep_busy() -> bool:
+    """Use a processor for some time."""
+    begin = time.process_time()
+    while time.process_time() - begin < 1.5:
+        pass
+    return True
+
+
+def wait_on_rank_1() -> None:
+    """Do nothing for long, on one rank."""
+    if dist.get_rank() == 1:
+        time.sleep(60)
 
 
 def test_a_rank_that_dies_says_where_and_ranks_are_replaced(

@@ -72,7 +72,7 @@ def by_hand(packed: Path) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def one_process(pools: Callable[[int], RankPool], packed_file: Path) -> Found:
     """What one process finds."""
-    return pools(1).run(sample_layout, 1, (), packed_file, timeout=250)[0]
+    return pools(1).run(sample_layout, 1, (), packed_file)[0]
 
 
 LAYOUTS = [
@@ -101,9 +101,9 @@ def test_samples_are_the_same_on_every_layout(
 ) -> None:
     """Greedy and drawn, before and after steps, on every rank; and each step is that without them, to the bit."""
     one, _ = one_process
-    found = pools(world_size).run(sample_layout, world_size, overrides, packed_file, timeout=250)
+    found = pools(world_size).run(sample_layout, world_size, overrides, packed_file)
     assert [samples for samples, _ in found] == [one] * world_size
-    without = pools(world_size).run(sample_layout, world_size, overrides, packed_file, False, timeout=250)
+    without = pools(world_size).run(sample_layout, world_size, overrides, packed_file, False)
     assert [results for _, results in found] == [results for _, results in without]
 
 
@@ -111,7 +111,7 @@ def test_samples_are_those_of_the_bare_model(
     pools: Callable[[int], RankPool], packed_file: Path, one_process: Found
 ) -> None:
     """Token by token, each the likeliest behind all before it; what is drawn differs from that."""
-    (one, _), greedy = one_process, pools(1).run(by_hand, packed_file, timeout=250)[0]
+    (one, _), greedy = one_process, pools(1).run(by_hand, packed_file)[0]
     assert one[0] == greedy
     assert one[1] != greedy
     assert one[4] != one[0], "training has changed what is said"
