@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import re
 import time
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
-from tests.support.command import FAULT, TINY, processes_with
+from tests.support.command import FAULT, TINY, processes_with, wait_until
 from titan.config.schema import ClusterConfig, FaultToleranceConfig, TitanConfig
 from titan.errors import StepHung
 from titan.run_directory import RunDirectory
@@ -18,7 +19,7 @@ from titan.trainer.watchdog import Watchdog, describe_limits
 
 RUN = (
     *(*TINY, "training.steps=1000000", "run.dir=run", "metrics.log_every=1", "checkpoint=disabled"),
-    *("fault_tolerance.step_timeout_seconds=3", "fault_tolerance.first_step_timeout_seconds=60"),
+    *("fault_tolerance.step_timeout_seconds=6", "fault_tolerance.first_step_timeout_seconds=60"),
 )
 PLACE = "/sitecustomize.py:"
 
@@ -49,6 +50,14 @@ def test_stacks_of_an_earlier_hang_are_kept(tmp_path: Path) -> None:
     with guard:
         pass
     assert [path.read_text() for path in (tmp_path / "logs").iterdir()] == ["it hung here"]
+
+
+def test_a_stack_of_a_moment_that_passed_is_forgotten(tmp_path: Path) -> None:
+    """A machine that is slow for seconds has stacks written; a hang much later is not where the rank was then."""
+    stacks = tmp_path / "logs" / "rank_00000.attempt_0.stacks"
+    with watchdog(tmp_path, 300, 1800, 1800) as guard:
+        faulthandler.dump_traceback(guard._file)
+        wait_until(lambda: not stacks.read_text(), "it to look again", 30)
 
 
 def test_a_step_costs_next_to_nothing(tmp_path: Path) -> None:
@@ -92,7 +101,7 @@ class Hang:
     fault: str
     words: str
     more: list[str] = field(default_factory=list)
-    during: str = "step 4 has taken longer than fault_tolerance.step_timeout_seconds = 3: "
+    during: str = "step 4 has taken longer than fault_tolerance.step_timeout_seconds = 6: "
     leaves_stack: bool = True
 
     @property

@@ -32,7 +32,7 @@ from titan.trainer.ahead import prepare_steps
 from titan.trainer.breakdown import DATA
 from titan.trainer.build import Trainer
 from titan.trainer.compilations import Compilations
-from titan.trainer.device import GarbageCollector, device_name
+from titan.trainer.device import GarbageCollector, device_name, keep_freed_memory
 from titan.trainer.pending import Exchange, PendingSteps, TakenStep, agree
 from titan.trainer.profile import Profile
 from titan.trainer.saving import Saver, Wishes
@@ -85,6 +85,7 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         if config.checkpoint.save_initial and trainer.state.step == 0:
             save_surely(trainer, saver, watchdog, warning)
         pending, exchange = PendingSteps(), Exchange(trainer)
+        has_settled = trainer.device.type != "cpu"
         while (state := trainer.state).step < steps:
             validator.run_if_due()
             step, has_gone_back = state.step + 1, False
@@ -138,6 +139,9 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
             if trainer.defers and step < steps:
                 exchange.tell(warning(), saver.wishes(), pending.before_first_away(step))
             collector.step(step)
+            if not has_settled:
+                keep_freed_memory()
+                has_settled = True
         if config.checkpoint.last_content is CheckpointContent.weights:  # from which no validation could go on
             validator.run_if_due()
         save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)

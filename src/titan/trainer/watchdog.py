@@ -169,7 +169,13 @@ class Watchdog:
             return False
 
     def _set_reserve(self, seconds: float) -> None:
-        """Have the stack written down by itself, unless this rank has looked again by then."""
+        """Have the stack written down by itself, unless this rank has looked again by then.
+
+        One that was written and then looks again was only slow: its stack of then is not where it hangs later.
+        """
+        faulthandler.cancel_dump_traceback_later()
+        if os.fstat(self._file).st_size:
+            os.ftruncate(self._file, 0)
         faulthandler.dump_traceback_later(seconds + 1.5 * self._look_seconds, file=self._file)
 
     def _end_run(self, stage: _Stage) -> None:

@@ -1,0 +1,41 @@
+"""What a process keeps of the memory that its steps free."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import torch
+from titan.trainer.device import keep_freed_memory
+
+def resident_mib():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS"))
+
+def left_of_a_step():
+    before = resident_mib()
+    blocks = [torch.ones(4 << 20) for _ in range(8)]  # 16 MiB each
+    del blocks
+    return resident_mib() - before
+
+left_of_a_step()  # PyTorch's first makes more than its memory
+print(left_of_a_step())
+small = [bytearray(100_000) for _ in range(2000)]
+del small
+keep_freed_memory()
+print(left_of_a_step())
+print(left_of_a_step())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's allocator")
+def test_freed_memory_is_given_back_once_and_kept_from_then_on() -> None:
+    """Before, a step's large blocks go back to the kernel; after, they are there for the next one, which adds none."""
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=240, check=True)
+    before, first, second = map(float, done.stdout.split())
+    assert before < 16
+    assert first > 120
+    assert abs(second) < 16
