@@ -72,10 +72,31 @@ def test_only_what_trains_gets_a_gradient(x_trains: bool, weight_trains: bool) -
     )
 
 
-def test_bfloat16_gives_what_torch_gives() -> None:
-    """Reduced precision takes PyTorch's own path, to the bit."""
+def test_bfloat16_gives_what_torch_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN multiplies it, reduced precision takes PyTorch's own path, to the bit."""
+    monkeypatch.setattr(module, "_WIDENS_BFLOAT16", False)
     x, weight = random(3, 5, 24, dtype=torch.bfloat16), random(10, 24, dtype=torch.bfloat16, seed=1)
     assert_same_as_torch(x.requires_grad_(), weight.requires_grad_(), tolerance=0)
+
+
+@pytest.mark.skipif(not module._HAS_ONEDNN, reason="PyTorch was built without oneDNN")
+@pytest.mark.parametrize("name", ["2D", "3D", "1D", "no rows", "transposed, 3D", "expanded"])
+def test_bfloat16_is_rounded_once_where_it_is_widened(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Product and gradients are those of float64, rounded to the nearest: a sum in float32 moves few of them by one."""
+    monkeypatch.setattr(module, "_WIDENS_BFLOAT16", True)
+    x, weight = INPUTS[name]().bfloat16(), random(10, 24, dtype=torch.bfloat16, seed=1)
+    out = linear(x.requires_grad_(), weight.requires_grad_())
+    assert out.ndim == 1 or "OneDnn" in type(out.grad_fn).__name__ or not out.numel()
+    grad = random(*out.shape, dtype=torch.bfloat16, seed=2)
+    out.backward(grad)
+    rows, its = x.detach().double().reshape(-1, 24), grad.double().reshape(-1, 10)
+    exact = rows @ weight.detach().double().t(), its @ weight.detach().double(), its.t() @ rows
+    for found, true in zip((out, x.grad, weight.grad), exact, strict=True):
+        assert found is not None
+        assert found.dtype == torch.bfloat16
+        once = true.bfloat16().reshape(found.shape)
+        torch.testing.assert_close(found, once, rtol=2**-7, atol=1e-6)
+        assert (found != once).double().sum() <= 0.02 * found.numel()
 
 
 def test_autocast_casts_as_for_any_linear() -> None:
@@ -131,21 +152,26 @@ def fresh_compiler() -> Iterator[None]:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiling_in_one_graph_changes_nothing(backend: str) -> None:
+def test_compiling_in_one_graph_changes_nothing(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.compile takes the layer without a graph break, and output and gradients stay what they were."""
+    monkeypatch.setattr(module, "_WIDENS_BFLOAT16", module._HAS_ONEDNN)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
     torch.manual_seed(0)
-    pair = Pair()
+    pair = Pair().to(dtype)
     compiled = torch.compile(pair, backend=backend, fullgraph=True)
     results = []
     for function in (pair, compiled):
         pair.zero_grad()
-        x = random(3, 5, 24).requires_grad_()
+        x = random(3, 5, 24, dtype=dtype).requires_grad_()
         out = function(x)
         out.square().sum().backward()
         results.append([out, x.grad, *[parameter.grad for parameter in pair.parameters()]])
     for plain, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fast, plain, rtol=tolerance, atol=tolerance)
 
 
 def test_the_layer_has_the_state_of_an_nn_linear() -> None:

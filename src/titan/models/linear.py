@@ -5,6 +5,9 @@ its own: on two cores of an AMD EPYC 175 GFLOP/s against oneDNN's 380, with the 
 x86 build of PyTorch; only the choice is missing (`torch.backends.mkldnn.matmul` offers it for reduced precision
 alone). So this layer calls oneDNN for float32 on a CPU, and is `nn.Linear` everywhere else: on CUDA, in bfloat16, and
 for DTensor weights. `benchmarks/training.py` measures what it gives.
+
+Where oneDNN has no code for bfloat16 (x86 without AVX-512), PyTorch multiplies it in plain loops, several times slower
+than float32. There the layer widens to float32, multiplies, and rounds once, as units for bfloat16 do.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_WIDENS_BFLOAT16 = _HAS_ONEDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 _HALVES = (torch.bfloat16, torch.float16)
 _HAS_MIXED_PRODUCTS = "dtype_out" in torch.ops.aten.addmm.overloads()
@@ -51,7 +56,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         plain
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or (_WIDENS_BFLOAT16 and x.dtype == torch.bfloat16))
         and x.ndim > 1
         and x.numel() > 0  # oneDNN has no product over nothing, which is the weight's gradient then
         and not torch.is_autocast_enabled("cpu")
@@ -108,7 +114,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # mkldnn::_linear_pointwise to be a constant (its lowering asserts it, 2.13), which no weight in training is.
 @torch.library.custom_op("titan::multiply", mutates_args=(), device_types="cpu")
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a.float(), b.float(), None, "none", [], "").to(a.dtype)
 
 
 @_multiply.register_fake
