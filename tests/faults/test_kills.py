@@ -46,7 +46,7 @@ def shuffled(draw: Random, first: Case, *others: Case) -> list[Case]:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", ROUNDS)
 def test_killed_while_saves_make_it_wait(
     make_run: MakeRun, undisturbed: MakeReference, draw: Random, number: int
@@ -57,7 +57,7 @@ def test_killed_while_saves_make_it_wait(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", ROUNDS)
 @pytest.mark.parametrize("mode", cases.BACKGROUND)
 def test_killed_while_it_saves_in_the_background(
@@ -69,7 +69,7 @@ def test_killed_while_it_saves_in_the_background(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", ROUNDS)
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_told_to_stop(make_run: MakeRun, undisturbed: MakeReference, draw: Random, number: int, mode: str) -> None:
@@ -80,7 +80,7 @@ def test_told_to_stop(make_run: MakeRun, undisturbed: MakeReference, draw: Rando
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", ROUNDS)
 def test_killed_or_stopped_while_it_validates(
     make_run: MakeRun, undisturbed: MakeReference, draw: Random, here: Path, number: int
@@ -98,7 +98,7 @@ def test_killed_or_stopped_while_it_validates(
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", ROUNDS)
 def test_killed_at_any_time(make_run: MakeRun, undisturbed: MakeReference, draw: Random, number: int) -> None:
     """A kill of any of its processes after any time: while it starts, while it loads, wherever that is."""
@@ -116,7 +116,7 @@ def test_killed_at_any_time(make_run: MakeRun, undisturbed: MakeReference, draw:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_checkpoints_that_cannot_be_used(make_run: MakeRun, undisturbed: MakeReference, here: Path) -> None:
     """Another run's checkpoint as the newest is set aside. With none left the run ends with 66, and stays there.
 

@@ -83,7 +83,7 @@ GOLDEN_LAYOUTS = [
     (1, mesh()),
     (2, mesh(dp_shard=2)),
     (2, mesh(pp=2)),
-    pytest.param(8, mesh(pp=2, dp_shard=2, tp=2), marks=pytest.mark.slow),
+    pytest.param(4, mesh(pp=2, tp=2), marks=pytest.mark.slow),
 ]
 
 

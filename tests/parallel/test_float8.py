@@ -280,7 +280,6 @@ def slow(*case: Any) -> Any:
         slow("tensorwise", 2, (*mesh(dp_shard=2), "parallelism.cpu_offload=true")),
         slow("rowwise", 2, (*mesh(tp=2), "compile=inductor")),
         slow("tensorwise", 4, (*mesh(dp_shard=2, tp=2), "compile=inductor", "compile.backend=aot_eager")),
-        slow("tensorwise", 4, mesh(pp=2, dp_shard=2)),
     ],
 )
 def test_a_recipe_on_a_mesh_stays_near_one_process(
