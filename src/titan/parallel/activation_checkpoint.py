@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from titan.config.schema import ActivationCheckpointMode
 from titan.models.decoder import Decoder
 
-_MATRIX_PRODUCTS = {"aten.mm", "aten.linear", "aten.addmm", "mkldnn._linear_pointwise", "aten._scaled_mm"}
+_MATRIX_PRODUCTS = {"aten.mm", "aten.linear", "aten.addmm", "titan.multiply", "aten._scaled_mm"}
 _ALWAYS_KEPT = (
     # Every attention kernel: of SDPA, its inner ones, FlexAttention and what is compiled of it by itself, and the ones
     # for rows of unequal length, which a family of one's own may call.
