@@ -53,10 +53,13 @@ class Case:
         Those are three of sixteen ranks with options, seven that compile, and six of four that repeat what two show.
         """
         if self.kind == "compile":
-            also = ("data.mask_documents=true", "parallelism.cp_method=all_to_all")
-            also += ("activation_checkpoint=selective",)
+            left_out = {
+                "data.mask_documents=true",
+                "parallelism.cp_method=all_to_all",
+                "activation_checkpoint=selective",
+            }
             recomputes_alone = {"activation_checkpoint=full", "parallelism.dp_shard=2"} <= set(self.overrides)
-            return self.world_size == 2 and not set(also) & set(self.overrides) and not recomputes_alone
+            return self.world_size == 2 and not left_out & set(self.overrides) and not recomputes_alone
         if self.kind == "documents apart":
             return self.world_size != 4 or "parallelism.pp=2" in self.overrides
         return self.world_size < 16 or self.kind == "four axes"

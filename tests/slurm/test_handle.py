@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import STEPS
 from tests.support.command import results
 
 from .test_faults import SLOW, TWO_NODES
@@ -22,7 +23,7 @@ import titan
 config = titan.compose(*sys.argv[1:])
 run = titan.launch(config)
 states = [run.status.state]
-while not (rows := run.metrics()):
+while not run.metrics():
     time.sleep(0.2)
 states.append(run.status.state)
 titan.attach(run.directory).cancel()
@@ -50,9 +51,9 @@ def test_a_job_is_watched_cancelled_and_continued_by_its_handle(
     )
     assert states in (["pending", "running"], ["starting", "running"])
     assert cancelled[:2] == ["preempted", 75]
-    assert 1 <= cancelled[2] < 30
+    assert 1 <= cancelled[2] < STEPS
     assert slurm.field(first, "JobState") == "CANCELLED"
     assert int(second) > int(first)
-    assert ended == ["complete", 0, 30]
-    assert steps == list(range(1, 31))
+    assert ended == ["complete", 0, STEPS]
+    assert steps == list(range(1, STEPS + 1))
     assert results(here / "run") == results(undisturbed)

@@ -24,8 +24,6 @@ def left_of_a_step():
 
 left_of_a_step()  # PyTorch's first makes more than its memory
 print(left_of_a_step())
-small = [bytearray(100_000) for _ in range(2000)]
-del small
 keep_freed_memory()
 print(left_of_a_step())
 """

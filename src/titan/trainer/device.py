@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import hashlib
 import os
@@ -92,13 +93,13 @@ class GarbageCollector:
             gc.collect(1)
 
 
+@functools.cache
 def keep_freed_memory() -> None:
-    """Give back what is free now, and from here on keep what is freed instead of giving it back to the kernel.
+    """Give back what is free now, and from here on keep what is freed; once a process, after its first step.
 
     Activations are freed and allocated anew in every step. By default glibc maps and unmaps each large one, and the
-    kernel clears its pages again: about a fifth of a step's time for the debug model. The first step is over then: what
-    building and compiling leave behind would lie between the activations, and those of later steps, which fit into no
-    gap, above them all: some 90 MB for the debug model.
+    kernel clears its pages again. Before the end of the first step it would be too early: what building and compiling
+    leave would lie between the activations, and those of later steps, which fit into no gap, above them all.
     """
     try:
         libc = ctypes.CDLL(None)

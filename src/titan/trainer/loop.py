@@ -85,7 +85,6 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
         if config.checkpoint.save_initial and trainer.state.step == 0:
             save_surely(trainer, saver, watchdog, warning)
         pending, exchange = PendingSteps(), Exchange(trainer)
-        has_settled = trainer.device.type != "cpu"
         while (state := trainer.state).step < steps:
             validator.run_if_due()
             step, has_gone_back = state.step + 1, False
@@ -139,9 +138,6 @@ def fit(trainer: Trainer, watchdog: Watchdog, warning: Callable[[], int] = lambd
             if trainer.defers and step < steps:
                 exchange.tell(warning(), saver.wishes(), pending.before_first_away(step))
             collector.step(step)
-            if not has_settled:
-                keep_freed_memory()
-                has_settled = True
         if config.checkpoint.last_content is CheckpointContent.weights:  # from which no validation could go on
             validator.run_if_due()
         save_surely(trainer, saver, watchdog, warning, config.checkpoint.last_content)
@@ -256,6 +252,8 @@ def run_step(
     )
     state.step += 1
     state.tokens += trainer.tokens_per_step
+    if trainer.device.type == "cpu":
+        keep_freed_memory()
     return TakenStep(before, learning_rate, result)
 
 
