@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from titan.config.schema import TokenizerConfig, TokenizerKind
 from titan.data.tokenizer import build_tokenizer
@@ -58,8 +57,7 @@ def by_hand(packed: Path) -> list[list[int]]:
     trainer = build_trainer(config, torch.device("cpu"), open_packed(packed, config))
     bare = LLAMA.build(config.model, 32)
     bare.init_buffers("cpu")
-    weights: dict[str, Tensor] = {name: p.full_tensor().detach() for name, p in trainer.parameters}  # type: ignore[attr-defined]
-    bare.load_state_dict(weights)
+    bare.load_state_dict({name: parameter.detach() for name, parameter in trainer.parameters})
     found = []
     for prompt in PROMPTS:
         row = list(prompt)

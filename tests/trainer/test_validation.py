@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
+import titan.parallel.apply
 from tests.support.command import json_lines, results, validations
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.manifest import step_folder
@@ -42,7 +43,7 @@ def by_hand(trainer: Trainer, rows: int | None = None) -> tuple[float, int]:
     config, seq_len = trainer.config.model, trainer.config.training.seq_len
     bare = LLAMA.build(config, seq_len)
     bare.init_buffers("cpu")
-    bare.load_state_dict({name: p.full_tensor().detach() for name, p in trainer.parameters})  # type: ignore[attr-defined]
+    bare.load_state_dict({name: p.detach() for name, p in trainer.parameters})
     tokens = torch.tensor([256, *WORDS.encode(), 257])
     tokens = tokens[: None if rows is None else rows * seq_len + 1]
     losses = []
@@ -98,8 +99,9 @@ def test_the_run_is_the_run_without_it(runs: Runs, held_out: tuple[str, ...]) ->
     assert ours == theirs
 
 
-def test_nothing_is_left_behind(runs: Runs, held_out: tuple[str, ...]) -> None:
+def test_nothing_is_left_behind(runs: Runs, held_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient, no weight gathered, nothing that FSDP's next backward pass would act on, no generator moved."""
+    monkeypatch.setattr(titan.parallel.apply, "has_fsdp", lambda parallelism: True)
     trainer = runs.build(runs.config("run", *held_out))
     assert trainer.held_out is not None
     before = torch.get_rng_state()

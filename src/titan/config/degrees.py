@@ -105,6 +105,11 @@ def choose_loss_chunk(words: int, device_type: str) -> int:
     return max(256, (1 << 29 if device_type == "cuda" else 1 << 26) // words)
 
 
+def has_fsdp(parallelism: ParallelismConfig) -> bool:
+    """Return whether FSDP is applied: unless one rank does everything, with its weights where it computes."""
+    return parallelism.cpu_offload or any(getattr(parallelism, axis) > 1 for axis in AXES)
+
+
 def frees_blocks(setting: ReshardAfterForward, has_pipeline: bool, ranks: int) -> bool:
     """Return whether FSDP frees a block's weights between forward and backward.
 

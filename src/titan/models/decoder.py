@@ -59,7 +59,8 @@ class Decoder(nn.Module):
         NOTE: to be repeated after anything that replaces parameters one by one, such as `to_empty`.
         """
         if self.config.tie_embeddings and self.tok_embeddings is not None and self.output is not None:
-            self.output.weight = self.tok_embeddings.weight
+            # by the parameter's name, for asked by attribute the embedding may give its weight in another format
+            self.output.register_parameter("weight", dict(self.tok_embeddings.named_parameters())["weight"])
 
     def init_buffers(self, device: torch.device | str) -> None:
         """Compute the rotary angles; a model built on meta has none."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from titan.config.degrees import pipeline_microbatches
+from titan.config.degrees import has_fsdp, pipeline_microbatches
 from titan.config.schema import ActivationCheckpointMode, ClusterKind, ContextMethod, Dtype, Float8Recipe, TitanConfig
 from titan.errors import TitanError
 from titan.models.decoder import Decoder
@@ -20,6 +20,7 @@ from titan.parallel.float8 import apply_float8
 from titan.parallel.fsdp import apply_fsdp
 from titan.parallel.loss import apply_loss
 from titan.parallel.mesh import Mesh
+from titan.parallel.precision import apply_mixed_precision
 from titan.parallel.tensor import apply_tensor_parallel
 
 DTYPES = {Dtype.float32: torch.float32, Dtype.bfloat16: torch.bfloat16}
@@ -78,16 +79,20 @@ def apply_parallelism(
             mesh.tp.get_group() if is_async else None,
         )
         done.append(f"compile with {config.compile.backend}{', asynchronous tensor parallel' * is_async}")
-    # FSDP last: it shards what all others have left.
-    apply_fsdp(
-        model,
-        mesh.fsdp,
-        DTYPES[config.training.param_dtype],
-        DTYPES[config.training.reduce_dtype],
-        settings.reshard_after_forward,
-        has_pipeline=settings.pp > 1,
-        cpu_offload=settings.cpu_offload,
-    )
+    # FSDP last: it shards what all others have left. A single rank has nobody to share with.
+    param_dtype = DTYPES[config.training.param_dtype]
+    if has_fsdp(settings):
+        apply_fsdp(
+            model,
+            mesh.fsdp,
+            param_dtype,
+            DTYPES[config.training.reduce_dtype],
+            settings.reshard_after_forward,
+            has_pipeline=settings.pp > 1,
+            cpu_offload=settings.cpu_offload,
+        )
+    else:
+        apply_mixed_precision(model, param_dtype)
     if settings.cpu_offload:
         done.append("weights, gradients and optimizer in the CPU's memory")
     return done

@@ -1,8 +1,9 @@
 """FSDP2: weights, gradients and optimizer states shared out over dp_shard x cp, replicated over dp_replicate.
 
-Applied also at degree 1, so that mixed precision has one code path; what it gathers there is a copy, which is kept from
-forward to backward. Gradients are *summed*, never averaged: the loss is already divided by the number of tokens of the
-whole global batch (`titan.trainer.loss`).
+Applied also at degree 1 wherever there are several ranks, so that they have one code path; what it gathers there is a
+copy, which is kept from forward to backward. A single rank does without: `titan.parallel.precision`. Gradients are
+*summed*, never averaged: the loss is already divided by the number of tokens of the whole global batch
+(`titan.trainer.loss`).
 
 Source:
     ZeRO, https://arxiv.org/abs/1910.02054; PyTorch FSDP, https://arxiv.org/abs/2304.11277.

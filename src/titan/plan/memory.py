@@ -10,10 +10,11 @@ over tp where tensor parallelism cuts it; a bytes of a number.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
-from titan.config.degrees import accumulation_steps, choose_loss_chunk, frees_blocks, pipeline_microbatches
-from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, TitanConfig
+from titan.config.degrees import accumulation_steps, choose_loss_chunk, frees_blocks, has_fsdp, pipeline_microbatches
+from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, Dtype, TitanConfig
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.pipeline import LOOPED, Flow, flow_of
 from titan.plan.rank import Shapes, Stage, stages_of
@@ -38,7 +39,7 @@ class Memory:
     logits: float
     """Of the loss at its peak; the block that is computed at one time, where that is more."""
     gathered: float
-    """Weights that FSDP has gathered, and gradients on their way."""
+    """Weights that FSDP has gathered, or that were cast, and gradients on their way."""
     exchanged: float
     """What a pipeline's stages receive and hand on."""
     overhead: float
@@ -204,7 +205,7 @@ def _activations(
 def _whole_gradients(
     config: TitanConfig, shapes: Shapes, stages: tuple[Stage, ...], flow: Flow, microbatches: int
 ) -> float:
-    if microbatches * accumulation_steps(config) == 1:
+    if microbatches * accumulation_steps(config) == 1 or not has_fsdp(config.parallelism):
         return 0.0
     numbers = sorted((shapes.whole_numbers(stage) for stage in stages), reverse=True)
     waiting = flow.stages_with_gradients if accumulation_steps(config) == 1 else len(stages)
@@ -212,7 +213,15 @@ def _whole_gradients(
 
 
 def _gathered(config: TitanConfig, shapes: Shapes, stages: tuple[Stage, ...], flow: Flow) -> float:
-    """The weights that are there whole: a block and the next one, or all; and the two ends."""
+    """The weights that are there whole: a block and the next one, or all; and the two ends.
+
+    Without FSDP, what the blocks' matrices are cast to, from forward to backward, and the gradient of one of them.
+    """
+    if not has_fsdp(config.parallelism):
+        casts = shapes.bytes if config.training.param_dtype is not Dtype.float32 else 0
+        (stage,) = stages
+        kept = sum(not is_checkpointed(config, block) for block in stage.blocks)
+        return casts * (shapes.block_numbers * max(1, kept) + max(map(math.prod, shapes.matrices.values())))
     block = shapes.block_numbers * shapes.gathered_bytes
     end = shapes.words * config.model.dim * shapes.bytes
     output = end if any(stage.has_output for stage in stages) else 0.0

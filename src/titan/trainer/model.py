@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from titan.config.degrees import pipeline_microbatches, plan_stages, stages_of_ranks
+from titan.config.degrees import has_fsdp, pipeline_microbatches, plan_stages, stages_of_ranks
 from titan.config.schema import TitanConfig
 from titan.data.loader import Batch
 from titan.models.decoder import Decoder
@@ -180,7 +180,7 @@ def _gather_in_float8(
     parts: Sequence[Decoder], config: TitanConfig, mesh: Mesh, applied: list[str]
 ) -> Callable[[], None]:
     """Do so if the config asks, and say so in `applied`; returns what to call when the weights have changed."""
-    if not config.float8.fsdp_all_gather:
+    if not config.float8.fsdp_all_gather or not has_fsdp(config.parallelism):
         return lambda: None
     gathered = gather_in_float8(parts, mesh.storage.get_group("fsdp"))
     applied += gathered.describe(has_scales := bool(config.float8.precompute_scales))
