@@ -30,6 +30,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "plan.md"
 MISSED = {"8B, 64 H100, tp 8, rowwise": (0.25, 0.50), "8B, 64 H100, tp 8, rowwise, async": (0.25, 0.60)}
 """Rows whose tokens/s are further off than 25 %, and between what."""
 
+
 @functools.cache
 def compared() -> dict[Row, Compared]:
     """Return every row with its plan."""
