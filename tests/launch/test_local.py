@@ -180,11 +180,10 @@ def test_bad_data_ends_the_run_with_its_file_and_line(titan_process: Command, he
     ("number", "whole_group", "code"),
     [
         (signal.SIGINT, True, 75),
-        (signal.SIGINT, False, 75),
         (signal.SIGTERM, False, 75),
         (signal.SIGKILL, False, -9),
     ],
-    ids=["Ctrl-C", "SIGINT to the launcher", "SIGTERM to the launcher", "SIGKILL to the launcher"],
+    ids=["Ctrl-C", "SIGTERM to the launcher", "SIGKILL to the launcher"],
 )
 def test_no_process_outlives_its_launcher(
     here: Path, cache: Path, text_file: Path, number: signal.Signals, whole_group: bool, code: int

@@ -23,6 +23,7 @@ INPUTS = {
     "3D": lambda: random(3, 5, 24),
     "4D": lambda: random(2, 3, 5, 24),
     "1D": lambda: random(24),
+    "many rows": lambda: random(2, 48, 24),
     "one row": lambda: random(1, 24),
     "no rows": lambda: random(0, 24),
     "no rows, 3D": lambda: random(4, 0, 24),
@@ -54,9 +55,10 @@ def assert_same_as_torch(x: Tensor, weight: Tensor, tolerance: float = 1e-5) -> 
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_every_shape_and_layout_gives_what_torch_gives(name: str) -> None:
+@pytest.mark.parametrize("outputs", [2, 10, 40])
+def test_every_shape_and_layout_gives_what_torch_gives(name: str, outputs: int) -> None:
     """Product and both gradients equal F.linear's for contiguous, strided, expanded and empty inputs."""
-    assert_same_as_torch(INPUTS[name]().requires_grad_(), random(10, 24, seed=1).requires_grad_())
+    assert_same_as_torch(INPUTS[name]().requires_grad_(), random(outputs, 24, seed=1).requires_grad_())
 
 
 def test_a_transposed_weight_gives_what_torch_gives() -> None:

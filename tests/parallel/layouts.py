@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from tests.support.configs import compose
 from titan.config.check import check_config
@@ -57,7 +58,19 @@ def open_packed(path: Path, config: TitanConfig, vocab_size: int = 258) -> Prepa
 
 
 def layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
-    """Compose, check and resolve the small config for a layout: of two micro-batches a step, if it does not say."""
+    """Compose, check and resolve the small config for a layout: of two micro-batches a step, if it does not say.
+
+    Where several ranks ask for it, one does it for all: each would need as long as for the layout's steps.
+    """
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return _layout_config(world_size, overrides)
+    made = [_layout_config(world_size, overrides) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    assert made[0] is not None, "sent"
+    return made[0]
+
+
+def _layout_config(world_size: int, overrides: tuple[str, ...]) -> TitanConfig:
     config = compose([*SMALL, f"cluster.devices_per_node={world_size}", *overrides])
     if not any(text.startswith("training.local_batch_size=") for text in overrides):
         settings = config.parallelism

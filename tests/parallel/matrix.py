@@ -50,7 +50,7 @@ class Case:
     def is_tested(self) -> bool:
         """Whether it is a test; what keeps two cores busy for long and shows little that others do not is in the table.
 
-        Those are three of sixteen ranks with options, seven that compile, and six of four that repeat what two show.
+        Those are three of sixteen ranks with options, seven that compile, and nine of four that repeat what two show.
         """
         if self.kind == "compile":
             left_out = {
@@ -62,6 +62,8 @@ class Case:
             return self.world_size == 2 and not left_out & set(self.overrides) and not recomputes_alone
         if self.kind == "documents apart":
             return self.world_size != 4 or "parallelism.pp=2" in self.overrides
+        if self.kind == "context parallel" and self.world_size == 4:
+            return "parallelism.cp_head_tail=false" not in self.overrides
         return self.world_size < 16 or self.kind == "four axes"
 
 

@@ -28,7 +28,6 @@ LAYOUTS = {
         for method in ("allgather", "ring", "all_to_all")
         for balanced in ("true", "false")
     },
-    "ring over four": (4, (*mesh(cp=4), *options("cp_method=ring"))),
     "context and tensor parallel": (4, mesh(cp=2, tp=2)),
     "context parallel in a pipeline": (4, (*mesh(cp=2, pp=2), *options("cp_method=all_to_all"))),
 }
@@ -43,13 +42,7 @@ def test_a_document_changes_nothing_of_another(pools: Callable[[int], RankPool],
         assert "loss" in found
 
 
-FLEX_LAYOUTS = (
-    "one process",
-    "tensor parallel",
-    "allgather, head-tail",
-    "all_to_all, head-tail",
-    "context parallel in a pipeline",
-)
+FLEX_LAYOUTS = ("one process", "tensor parallel", "allgather, head-tail", "all_to_all, head-tail")
 """One of each that attends to other keys, or cuts them otherwise."""
 
 

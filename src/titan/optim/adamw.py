@@ -1,4 +1,8 @@
-"""AdamW whose moments may be bfloat16, and whose update may be compiled. PyTorch's own does both only in part.
+"""AdamW on this rank's shards, whose moments may be bfloat16, and whose update may be compiled.
+
+The update of a number needs no other rank. PyTorch's own class hands whole DTensors to its kernel, and DTensor first finds
+out how they are all sharded, in the first step of every rank: 1.7 s of processor time for 291 parameters, as 8B has them
+(2.13, by hand). Here the same kernel gets what the rank has.
 
 **Moments in bfloat16** halve the optimizer's memory. They are a format to keep numbers in, never one to compute in:
 every step widens them to float32, takes the step of float32, and rounds once. PyTorch's fused kernel does that by
@@ -8,8 +12,6 @@ are rounded again, one parameter after the other, so that the float32 copies are
 
 **A compiled update** is one graph for a parameter of any shape: each is handed over flat. What changes from step to
 step, the learning rate first of all, is in a tensor, for a number would be a constant of the graph and compiled anew.
-
-Both work on this rank's shards: the update of a number needs no other rank.
 
 Source:
     AdamW, https://arxiv.org/abs/1711.05101; moments in bfloat16, DeepSeek-V3, https://arxiv.org/abs/2412.19437.
@@ -45,7 +47,7 @@ class _Member:
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW with moments in a format of their own and, if asked for, a compiled update.
+    """PyTorch's AdamW on local parts, with moments in a format of their own and, if asked for, a compiled update.
 
     Args:
         groups: As PyTorch takes them.

@@ -16,7 +16,7 @@ def build_optimizer(
     config: OptimizerConfig,
     device: torch.device,
     compile_with: str | None = None,
-) -> torch.optim.AdamW:
+) -> AdamW:
     """Return AdamW over two groups: parameters that decay and parameters that do not.
 
     Norms, biases and embeddings do not decay unless the config asks: decay pulls towards zero, and zero means
@@ -41,11 +41,7 @@ def build_optimizer(
         "eps": config.eps,
         "fused": device.type in ("cpu", "cuda"),
     }
-    groups = [group for group in groups if group["params"]]
-    state_dtype = state_dtype_of(config)
-    if state_dtype is None and compile_with is None:
-        return torch.optim.AdamW(groups, **options)
-    return AdamW(groups, state_dtype, compile_with, **options)
+    return AdamW([group for group in groups if group["params"]], state_dtype_of(config), compile_with, **options)
 
 
 def state_dtype_of(config: OptimizerConfig) -> torch.dtype | None:
