@@ -1,8 +1,8 @@
 """AdamW on this rank's shards, whose moments may be bfloat16, and whose update may be compiled.
 
-The update of a number needs no other rank. PyTorch's own class hands whole DTensors to its kernel, and DTensor first finds
-out how they are all sharded, in the first step of every rank: 1.7 s of processor time for 291 parameters, as 8B has them
-(2.13, by hand). Here the same kernel gets what the rank has.
+The update of a number needs no other rank. PyTorch's own class hands whole DTensors to its kernel, and DTensor first
+finds out how they are all sharded, in the first step of every rank: 1.7 s of processor time for 291 parameters, as 8B
+has them (2.13, by hand). Here the same kernel gets what the rank has.
 
 **Moments in bfloat16** halve the optimizer's memory. They are a format to keep numbers in, never one to compute in:
 every step widens them to float32, takes the step of float32, and rounds once. PyTorch's fused kernel does that by
