@@ -34,6 +34,7 @@ def write_performance() -> None:
     text = PERFORMANCE.read_text()
     for name, lines_of in (
         ("training_cpu", _training_lines),
+        ("training_cpu_float32", _training_lines),
         ("training_cuda", _training_lines),
         ("loss", _loss_lines),
     ):

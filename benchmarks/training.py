@@ -13,7 +13,8 @@ of warm-up, in which all is compiled.
 
 Each repetition is a process of its own and the sides take turns, so none has the quieter minutes. On a CPU a turn
 during which other processes kept a fifth of a core busy is taken again and written down apart: OpenMP's threads wait
-for each other at every operation, so that what shares a core with one of them costs far more than its share.
+for each other at every operation, so that what shares a core with one of them costs far more than its share. A CPU that
+has no units for bfloat16 is measured in float32 alone, and has a file of its own, training_cpu_float32.json.
 
 On a GPU each side takes the micro-batch with which it is fastest, as `--choose-rows` finds it out among 1, 2, 4 and 8
 rows; what it found on one H100 of 80 GB is written down below. MFU is given in both conventions: operations of the
@@ -171,11 +172,14 @@ def main() -> int:
     parser.add_argument("--choose-rows", action="store_true", help="only find out with how many rows each is fastest")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no turn after so many, of all cases")
     given = parser.parse_args()
+    name = f"training_{given.device}" + "_float32" * is_float32_only(given.device)
     cases = [case for case in (CPU if given.device == "cpu" else CUDA) if not given.case or case.name in given.case]
     machine, found, missed = describe_machine(), {}, []
     began = time.monotonic()
     for index, case in enumerate(cases):
         sides = tuple(s for s in case.sides if not given.side or any(part in s.name for part in given.side))
+        if is_float32_only(given.device):
+            sides = tuple(side for side in sides if side.dtype == "float32")
         case = replace(case, sides=sides, repeats=given.repeats or case.repeats, steps=given.steps or case.steps)
         case = replace(case, rows=given.rows, fastest_rows={}) if given.rows else case
         print(f"\n{case.name}: {' '.join(case.overrides)}, {case.seq_len} tokens a row", flush=True)
@@ -186,11 +190,18 @@ def main() -> int:
         found[case.name] = measure(case, given.device, given.busy, deadline)
         missed += report(case, found[case.name])
     if not given.busy and not given.rows and found:
-        path = write_result(f"training_{given.device}", machine, cases=found)
+        path = write_result(name, machine, cases=found)
         print(f"\nwritten to {path.name}")
     for line in missed:
         print(f"FAILED: {line}", file=sys.stderr)
     return 1 if missed else 0
+
+
+def is_float32_only(device: str) -> bool:
+    """Return whether the device is a CPU without units for bfloat16, where titan chooses float32 by itself."""
+    from titan.launch.environment import has_bfloat16
+
+    return device == "cpu" and not has_bfloat16()
 
 
 def measure(case: Case, device: str, busy: bool, deadline: float) -> Result:

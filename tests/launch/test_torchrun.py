@@ -19,6 +19,7 @@ import os, signal, sys, time
 from pathlib import Path
 
 def save(number, frame):
+    signal.signal(number, signal.SIG_IGN)  # torchrun sends one more once the other rank has ended
     time.sleep(float(os.environ["SAVE_SECONDS"]))
     Path(os.environ["FOLDER"], "saved_" + os.environ["RANK"]).touch()
     os._exit(75)
