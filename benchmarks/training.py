@@ -172,14 +172,13 @@ def main() -> int:
     parser.add_argument("--choose-rows", action="store_true", help="only find out with how many rows each is fastest")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no turn after so many, of all cases")
     given = parser.parse_args()
-    name = f"training_{given.device}" + "_float32" * is_float32_only(given.device)
+    only_float32 = is_float32_only(given.device)
     cases = [case for case in (CPU if given.device == "cpu" else CUDA) if not given.case or case.name in given.case]
     machine, found, missed = describe_machine(), {}, []
     began = time.monotonic()
     for index, case in enumerate(cases):
-        sides = tuple(s for s in case.sides if not given.side or any(part in s.name for part in given.side))
-        if is_float32_only(given.device):
-            sides = tuple(side for side in sides if side.dtype == "float32")
+        sides = tuple(side for side in case.sides if side.dtype == "float32" or not only_float32)
+        sides = tuple(side for side in sides if not given.side or any(part in side.name for part in given.side))
         case = replace(case, sides=sides, repeats=given.repeats or case.repeats, steps=given.steps or case.steps)
         case = replace(case, rows=given.rows, fastest_rows={}) if given.rows else case
         print(f"\n{case.name}: {' '.join(case.overrides)}, {case.seq_len} tokens a row", flush=True)
@@ -190,7 +189,7 @@ def main() -> int:
         found[case.name] = measure(case, given.device, given.busy, deadline)
         missed += report(case, found[case.name])
     if not given.busy and not given.rows and found:
-        path = write_result(name, machine, cases=found)
+        path = write_result(f"training_{given.device}{'_float32' * only_float32}", machine, cases=found)
         print(f"\nwritten to {path.name}")
     for line in missed:
         print(f"FAILED: {line}", file=sys.stderr)

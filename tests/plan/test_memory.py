@@ -21,6 +21,7 @@ from titan.config.degrees import Machine, world_size
 from titan.config.schema import ActivationCheckpointMode, Dtype, Float8Recipe, ReshardAfterForward, TitanConfig
 from titan.models.llama import Llama
 from titan.parallel.activation_checkpoint import apply_activation_checkpoint
+from titan.parallel.precision import apply_mixed_precision
 from titan.plan.assumptions import Assumptions
 from titan.plan.memory import block_bytes, is_checkpointed, loss_bytes, rank_memory
 from titan.plan.rank import Shapes, stages_of
@@ -144,6 +145,37 @@ def test_activations_are_those_that_the_model_keeps(mode: str) -> None:
     blocks = sum(block_bytes(shapes, is_checkpointed(config, block)).saved for block in range(2))
     ends = 2 * out.nbytes  # what goes into the last norm and what comes out
     assert blocks + ends == pytest.approx(sum(alive.sizes.values()), rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.usefixtures("fused_norm")
+def test_a_single_rank_keeps_what_its_weights_were_cast_to(mode: str) -> None:
+    """Of blocks that are not computed again, until the backward pass: as many bytes alive as planned, within 1 %."""
+    config = small_config()
+    recompute = replace(config.activation_checkpoint, mode=ActivationCheckpointMode[mode])
+    in_several = replace(config.training, global_batch_size=8)
+    config = replace(config, activation_checkpoint=recompute, training=in_several)
+    alive = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = Llama(config.model, config.training.seq_len)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        model.to(dtype).init_buffers("cpu")
+        model.leaves_output = True
+        apply_activation_checkpoint(model, recompute.mode, recompute.every)
+        apply_mixed_precision(model, torch.bfloat16)
+        tokens = torch.randint(512, (2, 64))
+        sizes = _Alive([*model.parameters(), *model.buffers(), tokens])
+        with sizes:
+            out = model(tokens)
+        alive[dtype] = sum(sizes.sizes.values())
+        del out
+    shapes, memory = Shapes(config), rank_memory(config, 0, Assumptions())
+    cast = alive[torch.float32] - alive[torch.bfloat16]
+    again = shapes.block_numbers * shapes.bytes if mode == "full" else 0  # one block, which is cast later
+    matrix = max(rows * columns for rows, columns in shapes.matrices.values()) * shapes.bytes
+    assert memory.gathered - matrix - again == pytest.approx(cast, rel=0.01, abs=2 * config.model.dim)
+    assert memory.whole_gradients == 0  # micro-batches are added up in the gradients themselves
 
 
 def test_what_each_option_saves() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import titan.parallel.apply
 from tests.support.command import TINY
 from tests.support.configs import compose
 from titan.config.check import check_config
@@ -67,6 +68,12 @@ class Runs:
         change(trainer)
         self.fit(trainer)
         return trainer
+
+
+@pytest.fixture
+def share(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what lets models be built from then on with FSDP around them, as those of several ranks are."""
+    return lambda: monkeypatch.setattr(titan.parallel.apply, "has_fsdp", lambda parallelism: True)
 
 
 @pytest.fixture

@@ -241,15 +241,16 @@ def test_what_one_rank_tells_all_hear(pools: Callable[[int], RankPool]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("on_spike", ["skip", "rollback"])
 def test_ranks_that_learn_at_different_moments_act_at_the_same(
-    titan_process: Command, here: Path, text_file: Path
+    titan_process: Command, here: Path, text_file: Path, on_spike: str
 ) -> None:
     """One rank's device is behind the other's, and a step is bad on one of them: all do what they would at once."""
 
     def run(name: str, *faults: str) -> tuple[object, ...]:
         finished = titan_process(
             *(*TINY, f"data.path={text_file}", f"run.dir={name}", "cluster.devices_per_node=2"),
-            *("training.steps=9", "fault_tolerance.on_spike=rollback", "metrics.log_every=8"),
+            *("training.steps=9", f"fault_tolerance.on_spike={on_spike}", "metrics.log_every=8"),
             *("parallelism.dp_shard=2", "checkpoint.interval=3"),
             PYTHONPATH=str(FAULT),
             PLANTED_FAULT=";".join(["nan:1:step:5", *faults]),
@@ -259,7 +260,7 @@ def test_ranks_that_learn_at_different_moments_act_at_the_same(
 
     late = run("late", "late:0:built:1", "late:1:built:3")
     assert late == run("at_once")
-    assert late[3] == [("rollback", 5)]
+    assert late[3] == [(on_spike, 5)]
 
 
 def test_the_beginning_of_every_micro_batch_is_told() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-import titan.parallel.apply
 from tests.support.command import results
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.manifest import step_folder
@@ -36,10 +37,10 @@ def has_fsdp(trainer: Trainer) -> bool:
     ],
     ids=lambda overrides: " ".join(overrides) or "float32",
 )
-def test_it_computes_what_fsdp_would(runs: Runs, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]) -> None:
+def test_it_computes_what_fsdp_would(runs: Runs, share: Callable[[], None], overrides: tuple[str, ...]) -> None:
     """Every loss, norm, weight and moment, to the bit."""
     alone = runs.train("alone", *overrides)
-    monkeypatch.setattr(titan.parallel.apply, "has_fsdp", lambda parallelism: True)
+    share()
     shared = runs.train("shared", *overrides)
     assert (has_fsdp(alone), has_fsdp(shared)) == (False, True)
     assert results(alone.directory.path) == results(shared.directory.path)
@@ -47,11 +48,11 @@ def test_it_computes_what_fsdp_would(runs: Runs, monkeypatch: pytest.MonkeyPatch
     assert ours == theirs
 
 
-def test_a_shared_embedding_rounds_once_less(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_embedding_rounds_once_less(runs: Runs, share: Callable[[], None]) -> None:
     """Its two gradients are added in float32, where FSDP adds them in bfloat16: nearly the same run."""
     overrides = ("model.tie_embeddings=true", "training.param_dtype=bfloat16")
     alone = runs.train("alone", *overrides)
-    monkeypatch.setattr(titan.parallel.apply, "has_fsdp", lambda parallelism: True)
+    share()
     shared = runs.train("shared", *overrides)
     assert alone.parts[0].output.weight.dtype is torch.bfloat16  # type: ignore[union-attr]
     ours, theirs = (torch.tensor(results(each.directory.path)) for each in (alone, shared))

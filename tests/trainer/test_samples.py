@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-import titan.parallel.apply
 from tests.support.command import json_lines, results, validations
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.manifest import step_folder
@@ -58,9 +58,9 @@ def test_each_validation_has_a_row_for_each_prompt(
     assert ours == theirs
 
 
-def test_nothing_is_left_behind(runs: Runs, speaking: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(runs: Runs, speaking: tuple[str, ...], share: Callable[[], None]) -> None:
     """The model computes its loss again, at its own positions; no weight is gathered and no generator has moved."""
-    monkeypatch.setattr(titan.parallel.apply, "has_fsdp", lambda parallelism: True)
+    share()
     trainer = runs.build(runs.config("run", *speaking))
     (part,) = trainer.parts
     before, loss = torch.get_rng_state(), part.loss

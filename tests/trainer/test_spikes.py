@@ -132,18 +132,26 @@ def test_a_norm_above_its_limit_is_a_spike(runs: Runs) -> None:
     assert float(first["grad_norm"]) > limit
 
 
-def test_all_ranks_find_the_spike_of_one(titan_process: Command, here: Path, text_file: Path) -> None:
-    """A number that is wrong on one tensor-parallel rank alone: both leave the step out."""
+@pytest.mark.parametrize("on_spike", ["skip", pytest.param("stop", marks=pytest.mark.slow)])
+def test_all_ranks_find_the_spike_of_one(titan_process: Command, here: Path, text_file: Path, on_spike: str) -> None:
+    """A number that is wrong on one tensor-parallel rank alone: both leave the step out, or both stop."""
     finished = titan_process(
         *(*TINY, f"data.path={text_file}", "run.dir=run", "cluster.devices_per_node=2", "parallelism.tp=2"),
-        *("training.steps=5", "fault_tolerance.on_spike=skip", "metrics.log_every=1"),
+        *("training.steps=5", f"fault_tolerance.on_spike={on_spike}", "metrics.log_every=1"),
         PYTHONPATH=str(FAULT),
         PLANTED_FAULT="nan:1:step:3",
     )
-    assert finished.code == 0, finished.text
+    assert finished.code == (0 if on_spike == "skip" else NonFiniteError.exit_code), finished.text
     directory = RunDirectory(here / "run")
-    assert [row["first_step"] for row in directory.read_ledger()] == [3]
-    assert [step for step, _, _ in results(directory.path)] == [1, 2, 4, 5]
+    if on_spike == "skip":
+        assert [row["first_step"] for row in directory.read_ledger()] == [3]
+        assert [step for step, _, _ in results(directory.path)] == [1, 2, 4, 5]
+    else:
+        # the launcher may end one rank before it has said so; whichever it is, it has not taken the step either
+        logs = [directory.log(rank, 0).read_text() for rank in (0, 1)]
+        assert any("no weight was moved" in text for text in logs)
+        assert "no weight was moved" in finished.err
+        assert [step for step, _, _ in results(directory.path)] == [1, 2]
 
 
 def test_the_first_step_after_a_resume_has_its_own_limit(runs: Runs) -> None:

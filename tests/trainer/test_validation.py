@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
-import titan.parallel.apply
 from tests.support.command import json_lines, results, validations
 from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.manifest import step_folder
@@ -99,9 +98,9 @@ def test_the_run_is_the_run_without_it(runs: Runs, held_out: tuple[str, ...]) ->
     assert ours == theirs
 
 
-def test_nothing_is_left_behind(runs: Runs, held_out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_behind(runs: Runs, held_out: tuple[str, ...], share: Callable[[], None]) -> None:
     """No gradient, no weight gathered, nothing that FSDP's next backward pass would act on, no generator moved."""
-    monkeypatch.setattr(titan.parallel.apply, "has_fsdp", lambda parallelism: True)
+    share()
     trainer = runs.build(runs.config("run", *held_out))
     assert trainer.held_out is not None
     before = torch.get_rng_state()
