@@ -32,6 +32,7 @@ from titan.launch import signals
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import (
     CONFIG_DIGEST,
+    STORE_FD,
     Rank,
     adopt_slurm_step,
     config_digest,
@@ -51,9 +52,11 @@ if TYPE_CHECKING:
     from titan.data.rows import Rows
     from titan.trainer.build import Trainer
 
-_LEAVE_SECONDS = 10.0
+_LEAVE_SECONDS = 60.0
 _POLL_SECONDS = 0.05
-_LOST_PEER = re.compile(r"Connection (closed|reset) by (remote )?peer|ncclRemoteError|Broken pipe")
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Connection was likely closed|ncclRemoteError|Broken pipe"
+)
 """How gloo, NCCL and the ranks' store speak of a rank that is gone; gloo has no exception of its own for it."""
 
 
@@ -142,9 +145,15 @@ def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> i
 
 def meet(rank: Rank, timeout_seconds: int) -> Store:
     """Return the store in which the ranks of the environment's launcher meet."""
-    from torch.distributed import rendezvous
+    from torch.distributed import TCPStore, rendezvous
 
-    store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
+    timeout = timedelta(seconds=timeout_seconds)
+    if (socket := os.environ.pop(STORE_FD, None)) is not None:
+        os.set_inheritable(int(socket), False)
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # not waiting for the others in native code, where Ctrl-C is not heard
+        return TCPStore(host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=int(socket))
+    store = next(rendezvous("env://", timeout=timeout))[0]
     can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     return _fresh(store, rank, timeout_seconds) if can_restart else store
 
@@ -185,7 +194,7 @@ def _leave_store(store: Store, key: str, rank: Rank) -> None:
     left = store.add(key, 1)
     deadline = time.monotonic() + _LEAVE_SECONDS
     while rank.rank == 0 and left < rank.world_size and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(_POLL_SECONDS)
         left = store.add(key, 0)
 
 
@@ -212,6 +221,9 @@ def run_rank(
             loss = loss_before if loss is None else loss
             directory.write_status("complete", step=config.training.steps, loss=loss)
             directory.append_event("exit", code=0)
+        if store is not None:
+            with contextlib.suppress(RuntimeError):  # rank 0 has not waited longer for this one
+                _leave_store(store, "titan/done", rank)
     except Stopped as stop:
         return _report_stop(directory, rank, stop)
     except (Exception, KeyboardInterrupt) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -115,10 +116,20 @@ def test_the_script_is_one_that_bash_reads(points: int, tmp_path: Path) -> None:
 
 STAND_INS = {
     "squeue": 'echo "squeue $@" >> calls; if [ "$STATE" = silent ]; then exit 1; fi; echo "$STATE"',
-    "scontrol": 'echo "scontrol $@" >> calls',
+    "scontrol": 'echo "scontrol $@" >> calls; test "$STATE" != refused',
     "srun": "exit $CODE",
     "sleep": "exit 0",
 }
+
+
+def run_script(folder: Path, text: str, programs: dict[str, str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a batch script of job 12 among stand-ins for SLURM's programs."""
+    for name, program in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{program}\n")
+        (folder / name).chmod(0o755)
+    environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SQUEUE_STATES": "PENDING", **variables}
+    command = ["bash", "-u", "-c", text, "script", "run.dir=x"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -142,18 +153,13 @@ def test_a_job_comes_back_only_if_its_ranks_ask_for_it(
     tmp_path: Path, code: int, state: str, restarts: str, array: bool, requeued: str | None, by_hand: bool
 ) -> None:
     """After a stop in order, at most so often, not when cancelled; of an array, the one point. The exit code stays."""
-    for name, text in STAND_INS.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CODE": str(code), "STATE": state, "SLURM_JOB_ID": "12"}
-    environment |= {"SQUEUE_STATES": "PENDING", "MAX_REQUEUES": "5"}
+    variables = {"CODE": str(code), "STATE": state, "MAX_REQUEUES": "5"}
     if restarts:
-        environment["SLURM_RESTART_COUNT"] = restarts
+        variables["SLURM_RESTART_COUNT"] = restarts
     if array:
-        environment |= {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"}
+        variables |= {"SLURM_ARRAY_JOB_ID": "10", "SLURM_ARRAY_TASK_ID": "2"}
     text = BY_HAND.read_text() if by_hand else script("cluster.max_requeues=5")
-    command = ["bash", "-u", "-c", text, "script", "run.dir=x"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_script(tmp_path, text, STAND_INS, **variables)
     assert done.returncode == code, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
     assert [line for line in calls if line.startswith("scontrol")] == (
@@ -162,6 +168,24 @@ def test_a_job_comes_back_only_if_its_ranks_ask_for_it(
     assert ("goes back into the queue" in done.stdout) == (requeued is not None)
     assert ("and does not come back" in done.stdout) == (state in ("CANCELLED", "COMPLETING"))
     assert ("the same command goes on" in done.stdout) == (restarts == "5")
+
+
+@pytest.mark.parametrize("ends", ["requeue", "sleep"])
+def test_a_job_that_slurm_ends_at_once_has_said_so(tmp_path: Path, ends: str) -> None:
+    """SLURM ends the script of a job that it puts back, whether scontrol has returned by then or not."""
+    end = "kill -KILL $PPID"
+    programs = STAND_INS | {"sleep": end} | ({"scontrol": end} if ends == "requeue" else {})
+    done = run_script(tmp_path, script(), programs, CODE="75", STATE="RUNNING")
+    assert done.returncode == -signal.SIGKILL
+    assert "titan: job 12 goes back into the queue, restart 1 of at most 50\n" in done.stdout
+
+
+def test_a_job_that_slurm_does_not_put_back_says_what_goes_on(tmp_path: Path) -> None:
+    """It is asked five times; then the job ends with its ranks' code."""
+    done = run_script(tmp_path, script(), STAND_INS, CODE="75", STATE="refused")
+    assert done.returncode == 75
+    assert (tmp_path / "calls").read_text().count("scontrol requeue 12\n") == 5
+    assert done.stdout.endswith("titan: SLURM does not put job 12 back; the same command goes on\n")
 
 
 def test_the_batch_file_by_hand_has_the_same_lines() -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
-from titan.launch.torchrun import exit_code
+from titan.launch.torchrun import exit_code, patient
 
-from ..support.command import clean_environment, finish, free_port, kill_all, start, wait_until
+from ..support.command import Finished, clean_environment, finish, free_port, kill_all, start, wait_until
 
 WRAPPER = ("-m", "titan.launch.torchrun")
+PLAIN = ("-m", "torch.distributed.run")
 RANK = """
 import os, signal, sys, time
 from pathlib import Path
@@ -55,6 +58,43 @@ def test_the_ranks_exit_code_is_the_nodes(rank: str, tmp_path: Path, codes: tupl
     """What the first failed rank ends with comes through, though torchrun has then stopped the other."""
     command, environment = on_two_ranks([rank, *codes], tmp_path)
     assert finish(start([*WRAPPER, *command], tmp_path, environment)).code == expected
+
+
+def two_nodes(launcher: tuple[str, ...], folder: Path) -> list[Finished]:
+    """Run two nodes that meet on one of them, where the rank ends at once with 2; the other one's does so later."""
+    program = folder / "late.py"
+    program.write_text("import os, sys, time; time.sleep(5 * int(os.environ['RANK'])); sys.exit(2)")
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
+    nodes = [start([*launcher, *flags, str(program)], folder, clean_environment(folder)) for _ in range(2)]
+    try:
+        return [finish(node, 60) for node in nodes]
+    finally:
+        for node in nodes:
+            kill_all(node)
+
+
+def test_a_node_whose_rank_ends_later_has_its_exit_code(tmp_path: Path) -> None:
+    """The node where the agents meet is gone by then, and the other's agent waits for its rank all the same."""
+    assert [node.code for node in two_nodes(WRAPPER, tmp_path)] == [2, 2]
+
+
+def test_a_node_that_stays_alone_gives_up() -> None:
+    """Where there is no answer for longer, the agent fails as torchrun's does; an answer begins it anew."""
+    answers: list[int | None] = [None, 0, None, None]
+
+    def ask(handler: object) -> int:
+        answer = answers.pop(0)
+        if answer is None:
+            raise RendezvousConnectionError
+        return answer
+
+    patiently = patient(ask, seconds=0.05)
+    assert patiently(None) == 0
+    time.sleep(0.1)
+    assert [patiently(None), patiently(None)] == [0, 0]
+    time.sleep(0.1)
+    with pytest.raises(RendezvousConnectionError):
+        patiently(None)
 
 
 @pytest.mark.parametrize(
@@ -106,13 +146,13 @@ def test_sigterm_leaves_more_time_than_torchrun(rank: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_torchrun_itself_still_needs_this(rank: str, tmp_path: Path) -> None:
-    """The two faults are there in plain torchrun; the day this fails, titan.launch.torchrun can go."""
-    plain = ["-m", "torch.distributed.run"]
+    """The three faults are there in plain torchrun; the day this fails, titan.launch.torchrun can go."""
     command, environment = on_two_ranks([rank, "75", "75"], tmp_path)
-    assert finish(start([*plain, *command], tmp_path, environment)).code == 1
+    assert finish(start([*PLAIN, *command], tmp_path, environment)).code == 1
     for path in tmp_path.glob("up_*"):
         path.unlink()
-    assert stopped(plain, rank, tmp_path, 35) == (1, set())
+    assert stopped([*PLAIN], rank, tmp_path, 35) == (1, set())
+    assert any("raise RendezvousConnectionError" in node.err for node in two_nodes(PLAIN, tmp_path))
 
 
 def test_sigterm_before_any_rank_ends_at_once(rank: str, tmp_path: Path) -> None:

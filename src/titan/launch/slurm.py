@@ -75,14 +75,16 @@ if [ $code -eq 75 ] || [ $code -eq 138 ] || [ $code -eq 140 ]; then
         if [ $restart -gt "$max_requeues" ]; then
             echo "titan: job $job has come back $max_requeues times, and may not again; the same command goes on"
         else
+            # said first, for SLURM may end this script before scontrol itself has ended
+            echo "titan: job $job goes back into the queue, restart $restart of at most $max_requeues"
             for try in 1 2 3 4 5; do
                 if scontrol requeue "$job"; then
-                    echo "titan: job $job goes back into the queue, restart $restart of at most $max_requeues"
-                    sleep 60  # SLURM ends this script while it sleeps
-                    break
+                    sleep 60  # or here
+                    exit $code
                 fi
                 sleep 5
             done
+            echo "titan: SLURM does not put job $job back; the same command goes on"
         fi
         ;;
     esac

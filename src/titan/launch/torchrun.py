@@ -2,12 +2,14 @@
 
     python -m titan.launch.torchrun [torchrun's flags] -m titan.train [overrides]
 
-Two things that torchrun does to what supervises it (Kubernetes, SkyPilot), and that cost a run:
+Three things that torchrun does to what supervises it (Kubernetes, SkyPilot), and that cost a run:
 
 - It exits with 1 whatever its ranks exit with, so that "the config is wrong" (2) is tried again and again and
   "requeue me" (75) counts as a crash.
 - On SIGTERM it kills the ranks after 30 s, and exits with 1. Here SIGTERM goes to the ranks, which save and exit with
   75; the limit is the supervisor's own grace period.
+- On several machines, the agent on the one where they meet ends as soon as its own ranks have ended. Another, whose
+  ranks are a moment slower, finds it gone, kills them and exits with 1. Here it waits for what they have to say.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.run import main as torchrun
 
 from titan.errors import Stopped
@@ -29,6 +34,27 @@ from titan.launch.signals import tell_ranks
 _TELL_SECONDS = 1.0
 _END_SECONDS = 2.0
 """How long torchrun may take to see that its ranks have ended, and to end with their exit code."""
+_ASKED = "num_nodes_waiting"
+_ALONE_SECONDS = 60.0
+"""How long an agent's ranks may live on after it has lost the machine where the agents meet."""
+
+
+def patient(num_nodes_waiting: Callable[[Any], int], seconds: float = _ALONE_SECONDS) -> Callable[[Any], int]:
+    """Return what an agent asks the others as long as its ranks live, with patience where there is no answer."""
+    lost: list[float] = []
+
+    def ask(handler: Any) -> int:
+        try:
+            answer = num_nodes_waiting(handler)
+        except RendezvousConnectionError:
+            lost.append(time.monotonic())
+            if lost[-1] - lost[0] > seconds:
+                raise
+            return 0
+        lost.clear()
+        return answer
+
+    return ask
 
 
 def pass_on(signals: int) -> None:
@@ -67,6 +93,7 @@ def main() -> int:
     signal.set_wakeup_fd(wake_up)
     signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=pass_on, args=(signals,), daemon=True).start()
+    setattr(DynamicRendezvousHandler, _ASKED, patient(getattr(DynamicRendezvousHandler, _ASKED)))
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:
