@@ -4,7 +4,8 @@ PyTorch multiplies float32 matrices on a CPU with MKL, which runs its slower cod
 its own: on two cores of an AMD EPYC 175 GFLOP/s against oneDNN's 380, with the same rounding. oneDNN is in every
 x86 build of PyTorch; only the choice is missing (`torch.backends.mkldnn.matmul` offers it for reduced precision
 alone). So this layer calls oneDNN for float32 on a CPU, and is `nn.Linear` everywhere else: on CUDA, in bfloat16, and
-for DTensor weights. `benchmarks/training.py` measures what it gives.
+for DTensor weights. `benchmarks/training.py` measures what it gives. On an EPYC without AVX-512 both are equally fast
+forward, and MKL takes 0.75 to 1.0 of oneDNN's time forward and backward: there it is MKL.
 
 Where oneDNN has no code for bfloat16 (x86 without AVX-512), PyTorch multiplies it in plain loops, several times slower
 than float32. There the layer widens to float32, multiplies, and rounds once, as units for bfloat16 do.
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+_PREFERS_ONEDNN = _HAS_ONEDNN and torch.backends.cpu.get_cpu_capability() != "AVX2"
+"""Whether it is the faster one here."""
 
 _WIDENS_BFLOAT16 = _HAS_ONEDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -45,19 +49,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Shape:
         x: (..., I). weight: (O, I). Returns (..., O).
     """
-    if _HAS_ONEDNN and _is_for_onednn(x, weight):
-        return _OneDnnLinear.apply(x, weight)  # type: ignore[return-value]
+    if _HAS_ONEDNN and _is_for_fast_path(x, weight):
+        return _FastLinear.apply(x, weight)  # type: ignore[return-value]
     return F.linear(x, weight)
 
 
-def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
+def _is_for_fast_path(x: Tensor, weight: Tensor) -> bool:
     # Exact types, not isinstance: a DTensor has no sharding rule for oneDNN's operator.
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
     return (
         plain
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or (_WIDENS_BFLOAT16 and x.dtype == torch.bfloat16))
+        and ((x.dtype == torch.float32 and _PREFERS_ONEDNN) or (x.dtype == torch.bfloat16 and _WIDENS_BFLOAT16))
         and x.ndim > 1
         and x.numel() > 0  # oneDNN has no product over nothing, which is the weight's gradient then
         and not torch.is_autocast_enabled("cpu")
@@ -70,7 +74,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Shape:
         a: (N, I). b: (O, I). Returns (N, O).
     """
-    return _product(a, b) if _HAS_ONEDNN and _is_for_onednn(a, b) else a @ b.t()
+    return _product(a, b) if _HAS_ONEDNN and _is_for_fast_path(a, b) else a @ b.t()
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.aten.addmm.dtype_out(total, a, b.t(), torch.float32, out=total)
 
 
-class _OneDnnLinear(torch.autograd.Function):
+class _FastLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -114,12 +118,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # mkldnn::_linear_pointwise to be a constant (its lowering asserts it, 2.13), which no weight in training is.
 @torch.library.custom_op("titan::multiply", mutates_args=(), device_types="cpu")
 def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    if not _PREFERS_ONEDNN:
+        return F.linear(a.float(), b.float()).to(a.dtype)
     # What comes first has to lie row by row, or is copied, by one core and nearly as slowly as it is multiplied. So the
     # product is taken the other way round where less is copied then: both factors of a weight's gradient are turned.
     copied, copied_turned = (0 if first.is_contiguous() else first.numel() for first in (a, b))
     if copied_turned + len(a) * len(b) < copied:
-        return _multiply_wide(b, a).t().to(a.dtype).contiguous()
-    return _multiply_wide(a, b).to(a.dtype)
+        return _multiply_in_onednn(b, a).t().to(a.dtype).contiguous()
+    return _multiply_in_onednn(a, b).to(a.dtype)
 
 
 @_multiply.register_fake
@@ -127,5 +133,5 @@ def _(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[0])
 
 
-def _multiply_wide(a: Tensor, b: Tensor) -> Tensor:
+def _multiply_in_onednn(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a.float(), b.float(), None, "none", [], "")
