@@ -32,7 +32,6 @@ from titan.launch import signals
 from titan.launch.dispatch import Frozen, freeze
 from titan.launch.environment import (
     CONFIG_DIGEST,
-    STORE_FD,
     Rank,
     adopt_slurm_step,
     config_digest,
@@ -145,15 +144,9 @@ def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> i
 
 def meet(rank: Rank, timeout_seconds: int) -> Store:
     """Return the store in which the ranks of the environment's launcher meet."""
-    from torch.distributed import TCPStore, rendezvous
+    from torch.distributed import rendezvous
 
-    timeout = timedelta(seconds=timeout_seconds)
-    if (socket := os.environ.pop(STORE_FD, None)) is not None:
-        os.set_inheritable(int(socket), False)
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # not waiting for the others in native code, where Ctrl-C is not heard
-        return TCPStore(host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=int(socket))
-    store = next(rendezvous("env://", timeout=timeout))[0]
+    store = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))[0]
     can_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     return _fresh(store, rank, timeout_seconds) if can_restart else store
 
@@ -221,9 +214,6 @@ def run_rank(
             loss = loss_before if loss is None else loss
             directory.write_status("complete", step=config.training.steps, loss=loss)
             directory.append_event("exit", code=0)
-        if store is not None:
-            with contextlib.suppress(RuntimeError):  # rank 0 has not waited longer for this one
-                _leave_store(store, "titan/done", rank)
     except Stopped as stop:
         return _report_stop(directory, rank, stop)
     except (Exception, KeyboardInterrupt) as error:

@@ -27,14 +27,11 @@ def count_graphs(world_size: int, overrides: tuple[str, ...], packed: Path) -> i
     "layout",
     [
         mesh(dp_shard=2),
-        pytest.param(mesh(tp=2), marks=pytest.mark.slow),
         pytest.param(mesh(cp=2), marks=pytest.mark.slow),
         (*mesh(tp=2), "activation_checkpoint=full"),
-        pytest.param((*mesh(tp=2), "activation_checkpoint=selective"), marks=pytest.mark.slow),
         (*mesh(dp_shard=2), "data.mask_documents=true"),
         (*mesh(pp=2), "training.local_batch_size=4"),
         (*mesh(dp_shard=2), "model.dim=64", "float8=tensorwise", "float8.emulate=true"),
-        pytest.param((*mesh(tp=2), "model.dim=64", "float8=rowwise", "float8.emulate=true"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,19 +188,15 @@ def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
-def threads_per_rank(ranks: int, variables: Mapping[str, str] = os.environ) -> int:
+def threads_per_rank(ranks: int) -> int:
     """Return the CPU threads for each of `ranks` processes on this machine; the user's own setting wins.
 
     OpenMP takes a list too, one number a nesting level, and ignores what it cannot read.
-
-    Args:
-        ranks: How many processes.
-        variables: Their environment.
     """
-    wanted = variables.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     cores = len(os.sched_getaffinity(0))
-    if not wanted.isdigit() and "SLURM_STEP_ID" in variables:
-        wanted = variables.get("SLURM_CPUS_PER_TASK", "")
+    if not wanted.isdigit() and "SLURM_STEP_ID" in os.environ:
+        wanted = os.environ.get("SLURM_CPUS_PER_TASK", "")
         if cores < _number("SLURM_CPUS_ON_NODE", 0):  # this task has cores of its own
             ranks = 1
     return max(1, int(wanted) if wanted.isdigit() else cores // ranks)
@@ -214,8 +209,6 @@ def slurm_job() -> str | None:
 
 CONFIG_DIGEST = "TITAN_CONFIG_DIGEST"
 """Of the config that this process's launcher has frozen."""
-STORE_FD = "TITAN_STORE_FD"
-"""The descriptor of the socket, listening on MASTER_PORT, that titan's local launcher hands to rank 0."""
 
 
 def config_digest(path: Path) -> str:

@@ -1,36 +1,27 @@
-"""Ranks as processes of this machine.
+"""Ranks as processes of this machine, through PyTorch's elastic agent.
 
-The launcher starts one `python -m titan.worker` for every device, watches them, and ends them all when one fails. It
-imports no torch, so the ranks are at work some seconds earlier than behind torchrun. They are given a command and not a
-function: nothing is pickled, so it works from a notebook too, and a rank started here is started as on any cluster.
+The agent starts one `python -m titan.worker` for every device, watches them, and ends them all when one fails. It is
+given a command and not a function: nothing is pickled, so it works from a notebook too, and a rank started here is
+started as on any cluster.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from titan.errors import ConfigError, PeerLost, RanksFailed, StepHung, Stopped, TitanError
-from titan.launch.environment import CONFIG_DIGEST, STORE_FD, config_digest, threads_per_rank
+from titan.launch.environment import CONFIG_DIGEST, config_digest, threads_per_rank
 from titan.launch.signals import Forwarder
 from titan.run_directory import RunDirectory, short_path
 
-_POLL_SECONDS = 0.1
-_END_SECONDS = 30.0
-"""How long ranks may take to end after a signal, before they are killed."""
-_HOST = "127.0.0.1"
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 
 class Interrupted(TitanError):
@@ -39,39 +30,6 @@ class Interrupted(TitanError):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; all ranks have ended")
         self.exit_code = 128 + number
-
-
-class _EndNow(Exception):
-    """Raised by the handler of a signal: the ranks get this signal, and have some seconds."""
-
-    def __init__(self, number: int) -> None:
-        self.number = signal.Signals(number)
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """How a rank ended that did not end well."""
-
-    code: int
-    """As of `subprocess`: of a signal, negative."""
-    seen: float
-    """When, in seconds since the epoch."""
-    note: Path
-    """Where the rank leaves its exception, if it can (`titan.worker.tell_agent`)."""
-
-    @property
-    def message(self) -> str:
-        """The exception that the rank has left, or nothing."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it may have been killed while it wrote
-            return str(json.loads(self.note.read_text())["message"]["message"])
-        return ""
-
-    @property
-    def precedence(self) -> tuple[int, float]:
-        """Order failures by cause and time: one rank's end makes others fail within milliseconds."""
-        if message := self.message:
-            return 2 if message.startswith(PeerLost.__name__) else 0, self.note.stat().st_mtime
-        return 3 if self.code == -signal.SIGTERM else 1, self.seen  # SIGTERM is how the launcher ends the rest
 
 
 def launch_local(
@@ -96,6 +54,29 @@ def launch_local(
         Interrupted: If it was told to stop at once (a second Ctrl-C, or one before the first step), or the ranks did
             not end within the grace.
     """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    notes = tempfile.TemporaryDirectory(prefix="titan_", ignore_cleanup_errors=True)  # the agent would leave its own
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=directory.path.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=notes.name),
+        signals_to_handle="SIGHUP,SIGQUIT",  # the others are the forwarder's
+    )
+    before = dict(os.environ)
+    os.environ |= environment or {}
+    os.environ["OMP_NUM_THREADS"] = str(threads_per_rank(ranks))
+    os.environ["TITAN_LAUNCHER_PID"] = str(os.getpid())
+    os.environ[CONFIG_DIGEST] = config_digest(directory.config)
     before_run = directory.read_status()
 
     def is_training() -> bool:
@@ -103,111 +84,57 @@ def launch_local(
         return status != before_run and status.get("state") == "running" and "step" in status
 
     def interrupt(number: signal.Signals) -> NoReturn:
-        raise _EndNow(number)
+        raise SignalException(f"interrupted: the ranks get {number.name}", number)
 
-    variables = {
-        **os.environ,
-        **(environment or {}),
-        "TITAN_LAUNCHER_PID": str(os.getpid()),
-        CONFIG_DIGEST: config_digest(directory.config),
-    }
-    variables["OMP_NUM_THREADS"] = str(threads_per_rank(ranks, variables))
-    arguments = [sys.executable, "-u", "-m", *command, str(directory.config)]
     forwarder = Forwarder(grace_seconds, is_training, interrupt)
-    with tempfile.TemporaryDirectory(prefix="titan_", ignore_cleanup_errors=True) as notes:
-        try:
-            with forwarder, _end_on(signal.SIGHUP, signal.SIGQUIT):
-                failures = _run(arguments, ranks, variables, Path(notes))
-        except _EndNow as end:
-            raise Interrupted(forwarder.told or end.number) from None
-        if not failures:
-            return
+    try:
+        with forwarder:
+            elastic_launch(agent, entrypoint=sys.executable)("-u", "-m", *command, str(directory.config))
+    except ChildFailedError as error:
         status = directory.read_status()
         if status != before_run and status.get("state") == "preempted":
-            raise Stopped(status["signal"], status["step"], status["saved_step"])
+            raise Stopped(status["signal"], status["step"], status["saved_step"]) from None
         if status != before_run and status.get("exit_code") == StepHung.exit_code:
             # the first to end is one that has waited; who hangs, all ranks have found out together
             why = status["why"].removeprefix(f"{StepHung.__name__}: ")
-            raise RanksFailed(why, status["rank"], StepHung.exit_code)
-        raise _explain(failures, directory)
-
-
-def _run(arguments: list[str], ranks: int, variables: Mapping[str, str], notes: Path) -> dict[int, _Failure]:
-    """Start ranks and wait until all have ended, or one has failed and the others were ended; returns the failures."""
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        # Rank 0 accepts on it, so that no other process can take the port before that.
-        with socket.create_server((_HOST, 0), backlog=max(128, ranks)) as meeting_place:
-            for rank in range(ranks):
-                place = {
-                    **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
-                    **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks)),
-                    "MASTER_ADDR": _HOST,
-                    "MASTER_PORT": str(meeting_place.getsockname()[1]),
-                    **({STORE_FD: str(meeting_place.fileno())} if rank == 0 else {}),
-                    "TORCHELASTIC_RESTART_COUNT": "0",
-                    "TORCHELASTIC_ERROR_FILE": str(notes / f"{rank}.json"),
-                }
-                passed = [meeting_place.fileno()] if rank == 0 else []
-                processes.append(
-                    # a session, for its workers to get what it gets; a terminal's Ctrl-C comes through this process
-                    subprocess.Popen(arguments, env={**variables, **place}, pass_fds=passed, start_new_session=True)
-                )
-        failures: dict[int, _Failure] = {}
-        while not failures and any(process.poll() is None for process in processes):
-            time.sleep(_POLL_SECONDS)
-            _note_failures(processes, notes, failures)
-        _note_failures(processes, notes, failures)
-        _end(processes, signal.SIGTERM)
-        _note_failures(processes, notes, failures)
-        return failures
-    except _EndNow as end:
-        _end(processes, end.number)
-        raise
+            raise RanksFailed(why, status["rank"], StepHung.exit_code) from None
+        raise _explain(error, directory) from None
+    except SignalException as error:
+        raise Interrupted(forwarder.told or int(error.sigval)) from None
     finally:
-        _end(processes, signal.SIGKILL)
+        os.environ.clear()
+        os.environ.update(before)
+        notes.cleanup()
 
 
-def _note_failures(processes: list[subprocess.Popen[bytes]], notes: Path, failures: dict[int, _Failure]) -> None:
-    for rank, process in enumerate(processes):
-        if process.poll() and rank not in failures:
-            failures[rank] = _Failure(process.returncode, time.time(), notes / f"{rank}.json")
-
-
-def _end(processes: list[subprocess.Popen[bytes]], number: signal.Signals) -> None:
-    """Send a signal to the ranks that live, and to all that they have started; what is left later is killed."""
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, number)
-    deadline = time.monotonic() + _END_SECONDS
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0, deadline - time.monotonic()))
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-@contextlib.contextmanager
-def _end_on(*numbers: signal.Signals) -> Iterator[None]:
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise _EndNow(number)
-
-    before = {number: signal.signal(number, end) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _explain(failures: dict[int, _Failure], directory: RunDirectory) -> RanksFailed:
-    rank, failure = min(failures.items(), key=lambda item: item[1].precedence)
-    message, code = failure.message, failure.code
-    if code == ConfigError.exit_code and not message:
-        return RanksFailed(f"rank {rank} was refused, as it says above", rank, code)
+def _explain(error: ChildFailedError, directory: RunDirectory) -> RanksFailed:
+    rank, failure = min(error.failures.items(), key=lambda item: _precedence(item[1]))
+    message = _exception_of(failure)
+    if failure.exitcode == ConfigError.exit_code and not message:
+        return RanksFailed(f"rank {rank} was refused, as it says above", rank, failure.exitcode)
     if not message:
-        message = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, no exception"
-    log = short_path(directory.log(rank, 0))
-    return RanksFailed(f"rank {rank} failed first: {message}\n  log: {log}", rank, code if code > 0 else 1)
+        number = failure.exitcode
+        message = f"ended by {signal.Signals(-number).name}" if number < 0 else f"exit code {number}, no exception"
+    code = failure.exitcode if failure.exitcode > 0 else 1
+    return RanksFailed(f"rank {rank} failed first: {message}\n  log: {short_path(directory.log(rank, 0))}", rank, code)
+
+
+def _precedence(failure: ProcessFailure) -> tuple[int, float]:
+    """Order failures by cause and time.
+
+    One rank's end makes others fail within milliseconds. The agent itself goes by whole seconds, and knows of a rank
+    that was killed only when it looks.
+    """
+    message = _exception_of(failure)
+    if message:
+        kind = 2 if message.startswith(PeerLost.__name__) else 0
+        return kind, os.stat(failure.error_file).st_mtime
+    return 3 if failure.exitcode == -signal.SIGTERM else 1, failure.timestamp  # SIGTERM is how the agent ends the rest
+
+
+def _exception_of(failure: ProcessFailure) -> str:
+    """Return the exception that a rank has left for the agent, or nothing."""
+    if not os.path.isfile(failure.error_file) or not isinstance(failure.error_file_data, dict):
+        return ""
+    message = failure.error_file_data.get("message", "")
+    return str(message.get("message", "")) if isinstance(message, dict) else str(message)
