@@ -67,7 +67,7 @@ def two_nodes(launcher: tuple[str, ...], folder: Path) -> list[Finished]:
     flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     nodes = [start([*launcher, *flags, str(program)], folder, clean_environment(folder)) for _ in range(2)]
     try:
-        return [finish(node, 60) for node in nodes]
+        return [finish(node) for node in nodes]
     finally:
         for node in nodes:
             kill_all(node)
