@@ -19,7 +19,7 @@ from titan.models.flops import PEAK_TFLOPS, count_matrix_parameters, count_param
 @pytest.mark.parametrize("seq_len", [32, 80])
 def test_the_formula_is_what_pytorch_counts(monkeypatch: pytest.MonkeyPatch, name: str, seq_len: int) -> None:
     """Counted operator by operator, attention over the whole square, forward and backward make the formula exactly."""
-    monkeypatch.setattr(linear, "_HAS_ONEDNN", False)  # the counter knows PyTorch's own products only
+    monkeypatch.setattr(linear, "_PREFERS_ONEDNN", False)  # the counter knows PyTorch's own products only
     config = shrink(flavor(name))
     model = build_model(config, seq_len)
     tokens = random_tokens(config, 2, seq_len)

@@ -32,6 +32,7 @@ def count_graphs(world_size: int, overrides: tuple[str, ...], packed: Path) -> i
         (*mesh(dp_shard=2), "data.mask_documents=true"),
         (*mesh(pp=2), "training.local_batch_size=4"),
         (*mesh(dp_shard=2), "model.dim=64", "float8=tensorwise", "float8.emulate=true"),
+        pytest.param((*mesh(tp=2), "model.dim=64", "float8=rowwise", "float8.emulate=true"), marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

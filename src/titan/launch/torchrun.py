@@ -34,24 +34,25 @@ from titan.launch.signals import tell_ranks
 _TELL_SECONDS = 1.0
 _END_SECONDS = 2.0
 """How long torchrun may take to see that its ranks have ended, and to end with their exit code."""
-_ASKED = "num_nodes_waiting"
 _ALONE_SECONDS = 60.0
 """How long an agent's ranks may live on after it has lost the machine where the agents meet."""
 
 
 def patient(num_nodes_waiting: Callable[[Any], int], seconds: float = _ALONE_SECONDS) -> Callable[[Any], int]:
     """Return what an agent asks the others as long as its ranks live, with patience where there is no answer."""
-    lost: list[float] = []
+    alone_since: float | None = None
 
     def ask(handler: Any) -> int:
+        nonlocal alone_since
         try:
             answer = num_nodes_waiting(handler)
         except RendezvousConnectionError:
-            lost.append(time.monotonic())
-            if lost[-1] - lost[0] > seconds:
+            now = time.monotonic()
+            alone_since = now if alone_since is None else alone_since
+            if now - alone_since > seconds:
                 raise
             return 0
-        lost.clear()
+        alone_since = None
         return answer
 
     return ask
@@ -93,7 +94,7 @@ def main() -> int:
     signal.set_wakeup_fd(wake_up)
     signal.signal(signal.SIGTERM, lambda *_: None)
     threading.Thread(target=pass_on, args=(signals,), daemon=True).start()
-    setattr(DynamicRendezvousHandler, _ASKED, patient(getattr(DynamicRendezvousHandler, _ASKED)))
+    DynamicRendezvousHandler.num_nodes_waiting = patient(DynamicRendezvousHandler.num_nodes_waiting)  # type: ignore[method-assign]
     try:
         torchrun(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])
     except ChildFailedError as error:

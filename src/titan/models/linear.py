@@ -5,7 +5,7 @@ its own: on two cores of an AMD EPYC 175 GFLOP/s against oneDNN's 380, with the 
 x86 build of PyTorch; only the choice is missing (`torch.backends.mkldnn.matmul` offers it for reduced precision
 alone). So this layer calls oneDNN for float32 on a CPU, and is `nn.Linear` everywhere else: on CUDA, in bfloat16, and
 for DTensor weights. `benchmarks/training.py` measures what it gives. On an EPYC without AVX-512 both are equally fast
-forward, and MKL takes 0.75 to 1.0 of oneDNN's time forward and backward: there it is MKL.
+forward, and MKL takes 0.72 to 0.99 of oneDNN's time forward and backward: there it is MKL.
 
 Where oneDNN has no code for bfloat16 (x86 without AVX-512), PyTorch multiplies it in plain loops, several times slower
 than float32. There the layer widens to float32, multiplies, and rounds once, as units for bfloat16 do.
@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Shape:
         x: (..., I). weight: (O, I). Returns (..., O).
     """
-    if _HAS_ONEDNN and _is_for_fast_path(x, weight):
+    if _is_for_fast_path(x, weight):
         return _FastLinear.apply(x, weight)  # type: ignore[return-value]
     return F.linear(x, weight)
 
@@ -74,7 +74,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     Shape:
         a: (N, I). b: (O, I). Returns (N, O).
     """
-    return _product(a, b) if _HAS_ONEDNN and _is_for_fast_path(a, b) else a @ b.t()
+    return _product(a, b) if _is_for_fast_path(a, b) else a @ b.t()
 
 
 def add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
