@@ -1,4 +1,4 @@
-"""An update that is called off on the device: every bit stays, and one that is not is the plain update."""
+"""An update that is called off or clipped on the device: every bit stays, or it is the plain update."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from titan.config.schema import Dtype, OptimizerConfig
 from titan.optim.build import build_optimizer
 from titan.optim.guard import is_skipped_on_device, step_unless
+from titan.parallel.compile import count_graphs
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -60,6 +61,32 @@ def test_steps_left_out_leave_no_trace(device: str, state_dtype: Dtype, backend:
     assert not hasattr(other, "found_inf")
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("state_dtype", [Dtype.float32, Dtype.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_gradients_are_divided_on_the_way(device: str, state_dtype: Dtype, backend: str | None) -> None:
+    """An update that divides its gradients is, to the bit, the update of gradients that were divided before.
+
+    The divisor moves from step to step, and compiles nothing anew.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    (plain, its), (guarded, other) = two_alike(device, state_dtype, backend)
+    graphs = []
+    for turn in range(4):
+        divisor = torch.tensor(1.0 + 0.37 * turn, device=device)
+        for mine, theirs in zip(guarded, plain, strict=True):
+            mine.grad = torch.randn_like(mine)
+            theirs.grad = mine.grad / divisor
+        step_unless(other, torch.tensor(0.0, device=device), divisor)
+        step_unless(its, torch.tensor(0.0, device=device))
+        assert all(map(torch.equal, bits(plain, its), bits(guarded, other)))
+        graphs.append(count_graphs())
+    assert graphs[0] == graphs[-1]
+    assert not hasattr(other, "grad_scale")
+
+
 def test_an_optimizer_that_cannot_tell_is_told_by_the_host() -> None:
     """Of another class than the fused ones: the same outcome."""
     parameter = nn.Parameter(torch.ones(3))
@@ -69,5 +96,5 @@ def test_an_optimizer_that_cannot_tell_is_told_by_the_host() -> None:
     step_unless(optimizer, torch.tensor(1.0))
     assert torch.equal(parameter, torch.ones(3))
     assert not optimizer.state[parameter]
-    step_unless(optimizer, torch.tensor(0.0))
-    assert torch.equal(parameter, torch.zeros(3))
+    step_unless(optimizer, torch.tensor(0.0), torch.tensor(2.0))
+    assert torch.equal(parameter, torch.full((3,), 0.5))

@@ -31,7 +31,7 @@ from torch.optim.adamw import adamw
 
 from titan.optim.clip import local_part
 
-_NUMBERS = 7
+_NUMBERS = 8
 """What an update needs beside its tensors."""
 
 
@@ -44,6 +44,16 @@ class _Member:
     first: Tensor
     second: Tensor
     step: Tensor
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a step is told by numbers on the device."""
+
+    found_inf: Tensor | None = None
+    """1 leaves it out."""
+    grad_scale: Tensor | None = None
+    """What gradients are divided by."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -68,8 +78,11 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient; none where `found_inf` is 1, see `titan.optim.guard`."""
-        found_inf = getattr(self, "found_inf", None)
+        """Move every parameter that has a gradient, divided by `grad_scale`; none where `found_inf` is 1.
+
+        Both are PyTorch's protocol, see `titan.optim.guard`.
+        """
+        told = _Told(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
         assert closure is None, "the loss is computed before"
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -77,14 +90,14 @@ class AdamW(torch.optim.AdamW):
             if not members:
                 continue
             if self._update is not None:
-                self._step_compiled(group, parameters, members, found_inf)
+                self._step_compiled(group, parameters, members, told)
             elif self.state_dtype is None or takes_bfloat16_moments(members[0].parameter.device.type):
-                _step_fused(group, members, found_inf)
+                _step_fused(group, members, told)
             else:
                 for member in members:
                     first, second = member.first.float(), member.second.float()
                     widened = _Member(member.parameter, member.gradient, first, second, member.step)
-                    _step_fused(group, [widened], found_inf)
+                    _step_fused(group, [widened], told)
                     member.first.copy_(first)
                     member.second.copy_(second)
 
@@ -104,15 +117,15 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _step_compiled(
-        self, group: dict[str, Any], parameters: list[nn.Parameter], members: list[_Member], found_inf: Tensor | None
+        self, group: dict[str, Any], parameters: list[nn.Parameter], members: list[_Member], told: _Told
     ) -> None:
         assert self._update is not None
         steps = [member.step for member in members]
         torch._foreach_add_(steps, 1)
         numbers = [self._numbers_of(parameter) for parameter in parameters]
-        torch._foreach_copy_(numbers, list(_numbers(group, steps, found_inf)))
-        if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf] * len(steps))
+        torch._foreach_copy_(numbers, list(_numbers(group, steps, told)))
+        if told.found_inf is not None:
+            torch._foreach_sub_(steps, [told.found_inf] * len(steps))
         for member, its in zip(members, numbers, strict=True):
             if member.parameter.numel():  # a rank may have nothing of a small parameter
                 tensors = member.parameter, member.gradient, member.first, member.second
@@ -131,9 +144,10 @@ def update(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, n
     """Move one parameter and its moments, in place; computed in float32, rounded once.
 
     Shape:
-        numbers: (7,), see `_numbers`; the others: (N,).
+        numbers: (8,), see `_numbers`; the others: (N,).
     """
-    step_size, root, kept, gain, square_gain, eps, is_left_out = numbers.unbind()
+    step_size, root, kept, gain, square_gain, eps, is_left_out, divisor = numbers.unbind()
+    gradient = gradient / divisor
     mean = torch.lerp(first.float(), gradient, gain)
     square = torch.lerp(second.float(), gradient * gradient, square_gain)
     moved = parameter * kept - step_size * mean / (square.sqrt() / root + eps)
@@ -165,7 +179,7 @@ def takes_bfloat16_moments(device_type: str) -> bool:
     return (one.parameter.item(), one.first.item(), one.second.item()) == (0.5, 0.5, 0.5)
 
 
-def _step_fused(group: dict[str, Any], members: list[_Member], found_inf: Tensor | None = None) -> None:
+def _step_fused(group: dict[str, Any], members: list[_Member], told: _Told = _Told()) -> None:
     beta1, beta2 = group["betas"]
     adamw(
         [member.parameter for member in members],
@@ -175,7 +189,8 @@ def _step_fused(group: dict[str, Any], members: list[_Member], found_inf: Tensor
         [],
         [member.step for member in members],
         fused=True,
-        found_inf=found_inf,
+        grad_scale=told.grad_scale,
+        found_inf=told.found_inf,
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
@@ -186,21 +201,22 @@ def _step_fused(group: dict[str, Any], members: list[_Member], found_inf: Tensor
     )
 
 
-def _numbers(group: dict[str, Any], steps: list[Tensor], found_inf: Tensor | None) -> Tensor:
+def _numbers(group: dict[str, Any], steps: list[Tensor], told: _Told) -> Tensor:
     """Return what `update` needs for each parameter: they may have taken different numbers of steps.
 
     Computed where the steps are, so that nobody waits for a GPU, and in float64: 1 - beta^step loses digits.
 
     Shape:
-        (len(steps), 7) float32: step size, root of the second correction, share of the weight that decay leaves,
-        1 - beta1, 1 - beta2, eps, whether the step is left out.
+        (len(steps), 8) float32: step size, root of the second correction, share of the weight that decay leaves,
+        1 - beta1, 1 - beta2, eps, whether the step is left out, what gradients are divided by.
     """
     (beta1, beta2), rate = group["betas"], group["lr"]
     count = torch.stack(steps).double()
     constants = [1 - rate * group["weight_decay"], 1 - beta1, 1 - beta2, group["eps"]]
     columns = [rate / (1 - beta1**count), (1 - beta2**count).sqrt()]
     columns += [torch.full_like(count, constant) for constant in constants]
-    columns.append(torch.zeros_like(count) if found_inf is None else found_inf.double().expand_as(count))
+    for number, otherwise in ((told.found_inf, 0.0), (told.grad_scale, 1.0)):
+        columns.append(torch.full_like(count, otherwise) if number is None else number.double().expand_as(count))
     return torch.stack(columns, dim=1).float()
 
 

@@ -58,12 +58,19 @@ def global_grad_norm(
 
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients down so that their norm is at most `max_norm`; 0 leaves them alone."""
-    if max_norm <= 0:
-        return
+    divisor = clip_divisor(norm, max_norm)
     gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if gradients:
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
+    if gradients and divisor is not None:
+        torch._foreach_div_(gradients, divisor.to(gradients[0].device))
+
+
+def clip_divisor(norm: Tensor, max_norm: float) -> Tensor | None:
+    """Return by what gradients are to be divided so that their norm is at most `max_norm`, 1 at least; None at 0.
+
+    Shape:
+        (), float32.
+    """
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
 
 
 def local_part(gradient: Tensor) -> Tensor:

@@ -1,13 +1,21 @@
-"""An update that a number on the device can call off, so that the host does not have to know it first."""
+"""An update that numbers on the device clip or call off, so that the host does not have to know them first.
+
+PyTorch's fused optimizers take both into their kernel, which is there for gradient scaling: they divide each gradient
+by `grad_scale` while they read it, where a pass of its own would read and write all gradients once more.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from titan.optim.clip import local_part
 
-def step_unless(optimizer: torch.optim.Optimizer, is_left_out: Tensor) -> None:
+
+def step_unless(optimizer: torch.optim.Optimizer, is_left_out: Tensor, divisor: Tensor | None = None) -> None:
     """Do an optimizer step, or leave every weight and every state as it is.
+
+    What is in the gradients afterwards is not defined: some optimizers divide them in place.
 
     PyTorch's fused optimizers look at `found_inf`, which is there for gradient scaling, on the device; the count of
     steps goes back too (2.11 to 2.13, CPU and CUDA). For any other optimizer the host has to know, and waits.
@@ -15,21 +23,27 @@ def step_unless(optimizer: torch.optim.Optimizer, is_left_out: Tensor) -> None:
     Args:
         optimizer: Any.
         is_left_out: 1 leaves the step out, 0 does it.
+        divisor: What every gradient is divided by, see `titan.optim.clip.clip_divisor`; None leaves them.
 
     Shape:
-        is_left_out: ().
+        is_left_out, divisor: ().
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not is_skipped_on_device(optimizer):
         if not is_left_out.item():
+            gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+            if gradients and divisor is not None:
+                torch._foreach_div_(gradients, divisor.to(gradients[0].device))
             optimizer.step()
         return
-    device = optimizer.param_groups[0]["params"][0].device
+    device = parameters[0].device
     # not `non_blocking`: with offloaded weights the CPU would look before the number is there
     optimizer.found_inf = is_left_out.to(device, torch.float32)  # type: ignore[attr-defined]
+    optimizer.grad_scale = None if divisor is None else divisor.to(device, torch.float32)  # type: ignore[attr-defined]
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 
 
 def is_skipped_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -43,7 +43,7 @@ class Record:
     grad_norms: list[float]
     """Of every step, before clipping."""
     gradients: dict[str, Tensor]
-    """Of the first step, whole and after clipping, by the parameter's name."""
+    """Of the first step, whole and before clipping, by the parameter's name."""
     weights: dict[str, Tensor]
     """After the last step, whole."""
     validation_losses: list[float] = field(default_factory=list)
@@ -100,12 +100,15 @@ def record_run(
     gradients: dict[str, Tensor] = {}
     validation_losses: list[float] = []
     steps = config.training.steps if steps is None else steps
+
+    def keep_gradients() -> None:
+        if not losses:
+            gradients.update(_gather({name: p.grad for name, p in trainer.parameters if p.grad is not None}))
+
     for step in range(steps):
-        result = run_step(trainer, next(batches)).result.read()
+        result = run_step(trainer, next(batches), keep_gradients).result.read()
         losses.append(result.loss)
         norms.append(result.grad_norm)
-        if step == 0:
-            gradients = _gather({name: p.grad for name, p in trainer.parameters if p.grad is not None})
         if trainer.held_out is not None and step in (0, steps - 1):
             validation_losses.append(validate(trainer, trainer.held_out).loss)
     weights = _gather({name: p.detach() for name, p in trainer.parameters})

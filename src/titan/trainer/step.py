@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of all micro-batches, clip, guard, move the weights.
+"""One optimizer step: forward and backward of all micro-batches, guard, clip and move the weights.
 
 The host only hands out work. Whether a step is bad is found out on the device, which then leaves its update out by
 itself, and what the step gave travels to the host on its own: a `PendingResult`, which may be read when it is there.
@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from titan.data.loader import Batch
 from titan.errors import NonFiniteError
-from titan.optim.clip import clip_gradients, global_grad_norm
+from titan.optim.clip import clip_divisor, global_grad_norm
 from titan.optim.guard import step_unless
 from titan.trainer.breakdown import OPTIMIZER
 from titan.trainer.loss import count_valid_tokens
@@ -150,7 +150,7 @@ def train_step(
         forward_backward: Runs them.
         parameters: This rank's.
         optimizer: Over the same parameters.
-        max_grad_norm: See `clip_gradients`.
+        max_grad_norm: See `clip_divisor`.
         loss_group: The ranks that see other tokens.
         stage_group: The ranks that have other stages of the model, if there are any.
         copies: Those of the parameters whose original is on another stage: they count once in the norm.
@@ -180,11 +180,9 @@ def train_step(
     if spikes_left is not None:
         spikes_left.sub_(is_bad)
         is_left_out = is_bad.maximum((spikes_left < 0).to(is_bad.dtype))
-    with record_function(OPTIMIZER):
-        clip_gradients(parameters, norm, max_grad_norm)
     before_update()
     with record_function(OPTIMIZER):
-        step_unless(optimizer, is_left_out)
+        step_unless(optimizer, is_left_out, clip_divisor(norm, max_grad_norm))
         after_update()
     values = torch.stack((loss, norm.to(loss.dtype), is_bad)).double()
     return PendingResult(torch.cat((values.view(torch.int64), counts)), spike_grad_norm)
