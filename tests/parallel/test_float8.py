@@ -295,6 +295,40 @@ def test_a_recipe_on_a_mesh_stays_near_one_process(
     assert compare_records(one, record(1, *WIDE[:3], *mesh())).loss > 1e-7
 
 
+OUTPUT = (*WIDE, "model.vocab_size=320", "float8.convert_output=true")
+"""As many words as the rows have, and a multiple of 16 on two ranks."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, ("float8=tensorwise", *mesh(dp_shard=2))),
+        (2, ("float8=rowwise", *mesh(tp=2))),
+        slow(2, ("float8=tensorwise", *mesh(pp=2), "training.loss_chunk_size=16")),
+        slow(2, ("float8=rowwise_with_gw_hp", *mesh(cp=2), "training.loss_chunk_size=7")),
+        slow(1, ("float8=tensorwise", *mesh(), "training.param_dtype=bfloat16", "compile=inductor")),
+        slow(2, ("float8=tensorwise", *mesh(dp_shard=2), "compile=inductor", "training.loss_chunk_size=16")),
+    ],
+)
+def test_a_float8_output_has_its_loss_in_chunks(
+    record: Callable[..., Record], world_size: int, layout: tuple[str, ...]
+) -> None:
+    """In chunks, on any mesh, compiled or not, it is what all logits at once give one process; and not float32's."""
+    recipe = layout[0]
+    kept = [setting for setting in layout if setting.startswith("training.param_dtype")]
+    rows = 1 if "parallelism.pp=2" in layout else 2
+    whole = record(
+        1, *OUTPUT, recipe, *kept, "training.loss_chunk_size=0", f"training.local_batch_size={rows}"
+    )
+    found = record(world_size, *OUTPUT, *layout)
+    difference = compare_records(found, whole)
+    assert is_same(difference, FLOAT8), difference
+    assert found.validation_losses == pytest.approx(whole.validation_losses, rel=FLOAT8.loss)
+    exact = record(1, *OUTPUT, recipe, *kept, "float8.convert_output=false", f"training.local_batch_size={rows}")
+    assert compare_records(whole, exact).gradient_of
+    assert whole.losses != exact.losses
+
+
 @pytest.mark.slow
 def test_bfloat16_weights_are_cast_from_float32(record: Callable[..., Record]) -> None:
     """Gathered in float8 they are rounded once, gathered in bfloat16 twice: near, and not the same."""

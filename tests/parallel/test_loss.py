@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch._dynamo
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -76,6 +78,63 @@ def test_only_what_needs_a_gradient_gets_one(monkeypatch: pytest.MonkeyPatch) ->
     assert not losses[2].requires_grad
     assert len(products) == -(-POSITIONS // 8), "the projections, and no gradient's product"
     assert len({loss.item() for loss in losses}) == 1
+
+
+@pytest.mark.parametrize("chunk_size", [5, 37])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+def test_a_product_from_outside_gives_the_plain_loss(chunk_size: int, dtype: torch.dtype, tolerance: float) -> None:
+    """An output that multiplies in its own way is asked for its derivatives, of what needs one and no more."""
+    products: list[tuple[bool, bool]] = []
+
+    def project(hidden: Tensor, weight: Tensor) -> Tensor:
+        products.append((hidden.requires_grad, weight.requires_grad))
+        return F.linear(hidden, weight)
+
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        found, expected = problem(dtype), problem(dtype)
+        for leaf, its in zip((*found[:2], *expected[:2]), needs * 2, strict=True):
+            leaf.requires_grad_(its)
+        products.clear()
+        loss = chunked_cross_entropy(*found, chunk_size, project=project)
+        assert products == [needs] * -(-POSITIONS // chunk_size)
+        reference = plain(*expected)
+        assert_close(loss.detach(), reference.detach(), tolerance)
+        if any(needs):
+            (loss / 7).backward()
+            (reference / 7).backward()
+        for ours, theirs, its in zip(found[:2], expected[:2], needs, strict=True):
+            assert (ours.grad is not None) == its
+            if ours.grad is not None and theirs.grad is not None:
+                assert ours.grad.dtype == dtype
+                assert_close(ours.grad, theirs.grad, tolerance)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)])
+def test_what_is_compiled_writes_over_the_logits(dtype: torch.dtype, tolerance: float) -> None:
+    """The gradient is the memory of the logits, and is that of the plain way."""
+    torch._dynamo.reset()
+    hidden, weight, labels = problem(dtype)
+    logits = product(hidden.detach(), weight.detach())
+    loss, gradient = module._differentiate(logits.clone(), labels, None)
+    found, over = torch.compile(module._differentiate, fullgraph=True)(logits, labels, None)
+    assert over.data_ptr() == logits.data_ptr()
+    assert_close(found, loss, tolerance)
+    assert_close(over, gradient, tolerance)
+
+
+def test_gradients_do_not_outlive_the_backward_pass() -> None:
+    """Who keeps a loss keeps no gradient as large as the weights; where the graph is retained, it can be asked again."""
+    hidden, weight, labels = problem()
+    loss = chunked_cross_entropy(hidden, weight, labels, 8)
+    kept = [weakref.ref(gradient) for gradient in loss.grad_fn.gradients]  # type: ignore[union-attr]
+    again = [torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2)]
+    assert all(map(torch.equal, *again))
+    assert all(reference() is not None for reference in kept)
+    del again
+    loss.backward()
+    hidden.grad = weight.grad = None
+    assert all(reference() is None for reference in kept)
 
 
 def test_positions_that_do_not_count_give_nothing() -> None:

@@ -96,13 +96,17 @@ def pipeline_microbatches(config: TitanConfig) -> int:
     return config.training.local_batch_size if pieces == -1 else pieces
 
 
-def choose_loss_chunk(words: int, device_type: str) -> int:
+def choose_loss_chunk(words: int, device_type: str, is_compiled: bool = False) -> int:
     """Return the positions whose logits are there at a time, where the config leaves them open.
 
     256 MiB of logits in float32 on a CPU, 1 GiB in bfloat16 on CUDA: every chunk adds to a gradient as large as the
-    output's weights, and on CUDA small chunks spend more time on that than on their products.
+    output's weights, and on CUDA small chunks spend more time on that than on their products. Four times as many on
+    CUDA where the loss is compiled: its logits become their own gradient, where otherwise there are copies of them in
+    float32, and where one chunk is enough, no gradient of the weights is added up in float32.
     """
-    return max(256, (1 << 29 if device_type == "cuda" else 1 << 26) // words)
+    if device_type != "cuda":
+        return max(256, (1 << 26) // words)
+    return max(256, (1 << 31 if is_compiled else 1 << 29) // words)
 
 
 def has_fsdp(parallelism: ParallelismConfig) -> bool:

@@ -16,7 +16,7 @@ from titan.parallel.activation_checkpoint import apply_activation_checkpoint
 from titan.parallel.attention import AttentionShape, apply_attention
 from titan.parallel.compile import apply_compile
 from titan.parallel.context import apply_context_parallel
-from titan.parallel.float8 import apply_float8
+from titan.parallel.float8 import apply_float8, projection_of
 from titan.parallel.fsdp import apply_fsdp
 from titan.parallel.loss import apply_loss
 from titan.parallel.mesh import Mesh
@@ -56,7 +56,10 @@ def apply_parallelism(
     if model.output is not None:
         has_words = settings.tp == 1 or settings.loss_parallel
         group = mesh.tp.get_group() if settings.tp > 1 and settings.loss_parallel else None
-        size = apply_loss(model, config.training.loss_chunk_size if has_words else 0, device.type, group)
+        project = projection_of(model.output) if config.float8.recipe is not Float8Recipe.none else None
+        is_compiled = config.compile.enable and config.compile.loss
+        chunk_size = config.training.loss_chunk_size if has_words else 0
+        size = apply_loss(model, chunk_size, device.type, group, project, is_compiled)
         positions = config.training.local_batch_size * config.training.seq_len // settings.cp
         positions //= pipeline_microbatches(config) if settings.pp > 1 else 1
         if 0 < size < positions:

@@ -86,8 +86,7 @@ def apply_float8(
 ) -> Float8Result:
     """Exchange linear layers for float8 ones, in place, before anything else is applied.
 
-    The projection to words is none of them unless the config asks: its error goes straight into the loss, and the
-    chunked loss computes it by itself.
+    The projection to words is none of them unless the config asks: its error goes straight into the loss.
 
     Args:
         model: Whole, as a single process has it.
@@ -118,6 +117,19 @@ def apply_float8(
 
     torchao.convert_to_float8_training(model, module_filter_fn=chosen, config=float8_config)
     return Float8Result(converted, skipped)
+
+
+def projection_of(output: nn.Module) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return how a float8 output multiplies, for `titan.parallel.loss`; None for any other output."""
+    layers = _torchao().float8_linear
+    if not isinstance(output, layers.Float8Linear):
+        return None
+    multiply, settings = layers.matmul_with_hp_or_float8_args.apply, (output.linear_mm_config, output.config)
+
+    def project(hidden: Tensor, weight: Tensor) -> Tensor:
+        return multiply(hidden, weight.t(), *settings)
+
+    return project
 
 
 @dataclass

@@ -106,6 +106,7 @@ def build_forward_backward(model: nn.Module, begin: Callable[[bool], None]) -> F
             loss = model(batch.tokens, batch.starts, batch.labels) / valid_tokens
             loss.backward()
             total += loss.detach()
+            del loss  # or what it has of this graph would stay through the next one's forward pass
         return total
 
     return run
