@@ -231,6 +231,12 @@ MISTAKES = {
         "2 pipeline microbatches are too few or uneven for pp 4",
         "Try  training.local_batch_size=4",
     ),
+    "too few pipeline microbatches for two directions": (
+        "parallelism.pp=2 parallelism.pp_schedule=DualPipeV training.local_batch_size=2 cluster.devices_per_node=2",
+        "2 pipeline microbatches are too few or uneven for pp 2 with DualPipeV",
+        "Try  training.local_batch_size=4",
+    ),
+    "an optimizer without eps": ("optimizer.eps=0", "optimizer.eps = 0.0 is not positive", "optimizer.eps=1e-08"),
     "pipeline microbatches that do not divide": (
         "parallelism.pp=2 parallelism.pp_microbatches=3 cluster.devices_per_node=2",
         "parallelism.pp_microbatches = 3 does not divide training.local_batch_size = 8",

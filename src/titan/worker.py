@@ -14,6 +14,7 @@ import hashlib
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 import threading
@@ -199,6 +200,7 @@ def run_rank(
     on_console: bool = True,
 ) -> int:
     """Do a rank's job, training if no other, and account for how it ended; returns the exit code."""
+    allow_open_files()
     directory = RunDirectory(Path(config.run.dir))
     lock, loss_before = RunLock(directory), directory.read_status().get("loss")
     try:
@@ -221,6 +223,18 @@ def run_rank(
     finally:
         lock.release()
     return 0
+
+
+def allow_open_files() -> None:
+    """Let this process have as many files open as it may allow itself.
+
+    Each process group over gloo keeps a socket to every other rank, so that some hundred ranks are more than the 1024
+    files that many systems begin with.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):  # what a container allows may be less than what it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _enter_run(config: TitanConfig, rank: Rank, store: Store | None, lock: RunLock, on_console: bool) -> Store | None:

@@ -217,14 +217,15 @@ def test_a_container_that_leaves_little_memory_is_said(tmp_path: Path) -> None:
 
 
 def test_little_shared_memory_and_few_files_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Docker's 64 MiB are a problem; so are fewer than 1024 open files."""
+    """Docker's 64 MiB are a problem; so are fewer than 1024 open files, whatever a process begins with."""
     usage = type("Usage", (), {"total": 64 * 2**20, "free": 63 * 2**20})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     assert is_bad(one(surroundings.find_shared_memory(), "shm"))
-    monkeypatch.setattr("resource.getrlimit", lambda which: (256, 4096))
-    found = one(surroundings.find_limits(), "files")
-    assert is_bad(found)
-    assert found.advice == "ulimit -n 4096"
+    for hard, level in ((512, Level.problem), (1024, Level.note), (4096, Level.ok), (-1, Level.ok)):
+        monkeypatch.setattr("resource.getrlimit", lambda which, hard=hard: (256, hard))
+        found = one(surroundings.find_limits(), "files")
+        assert found.level is level
+        assert ("hard limit" in (found.advice or "")) == (level is not Level.ok)
 
 
 @pytest.fixture

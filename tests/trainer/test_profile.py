@@ -207,6 +207,18 @@ def test_a_run_that_is_stopped_writes_the_steps_it_has(runs: Runs) -> None:
     assert summary(trainer.directory.profiles, "steps_3_3.rank_00000")["steps"] == 1
 
 
+def test_a_profile_that_cannot_be_written_ends_no_run(runs: Runs, caplog: pytest.LogCaptureFixture) -> None:
+    """The disk may be full, or the folder another's: the run says so and goes on, and a stop stays a stop."""
+    trainer = runs.build(runs.config("run", *PROFILED))
+    trainer.directory.profiles.write_text("a file where the folder should be")
+    runs.fit(trainer)
+    assert any("no trace of rank 0" in record.getMessage() for record in caplog.records)
+    stopped = runs.build(runs.config("stopped", *PROFILED))
+    stopped.directory.profiles.write_text("a file where the folder should be")
+    with pytest.raises(Stopped):
+        runs.fit(stopped, 3)
+
+
 def fit_rank(overrides: tuple[str, ...], packed: Path, folder: Path) -> None:
     """Train as this rank, profile included."""
     config = layout_config(dist.get_world_size(), (*overrides, "training.steps=4"))

@@ -107,6 +107,19 @@ def test_rolling_back_goes_to_the_last_checkpoint_and_skips_from_there(runs: Run
     assert state_of(told) == state_of(trainer)
 
 
+def test_rolling_back_to_the_first_step_forgets_the_moments(runs: Runs) -> None:
+    """Step 0 was saved without an optimizer: what the steps since have made of it goes, and the run begins anew."""
+    options = ("fault_tolerance.on_spike=rollback", "checkpoint.save_initial=true", "checkpoint.interval=100")
+    trainer = runs.train("run", *options, change=nan_at(3))
+    ((row),) = trainer.directory.read_ledger()
+    assert (row["first_step"], row["last_step"]) == (1, 3)
+    told = runs.build(runs.config("told", *options))
+    told.directory.append_ledger({"first_step": 1, "last_step": 3})
+    runs.fit(told)
+    assert results(told.directory.path) == results(trainer.directory.path)
+    assert state_of(told) == state_of(trainer)
+
+
 def test_rolling_back_needs_a_checkpoint(runs: Runs) -> None:
     """Without one the run stops, and says so."""
     with pytest.raises(NonFiniteError, match="there is no checkpoint to go back to"):

@@ -111,7 +111,6 @@ def check_counts(config: TitanConfig) -> Iterator[Problem]:
             "data.prepare_workers": 1,
             "optimizer.lr": 0,
             "optimizer.weight_decay": 0,
-            "optimizer.eps": 0,
             "lr_scheduler.warmup_steps": 0,
             "activation_checkpoint.every": 1,
             "checkpoint.interval": 1,
@@ -140,7 +139,8 @@ def check_numbers(config: TitanConfig) -> Iterator[Problem]:
         if isinstance(value, float) and not math.isfinite(value):
             yield Problem(f"{key} = {value} is not a finite number", suggestion=f"{key}=...")
     model, scaling = config.model, config.model.rope_scaling
-    positive = {"model.rope_theta": model.rope_theta}
+    # without eps, a word that no batch has held yet would be moved by 0/0
+    positive = {"model.rope_theta": model.rope_theta, "optimizer.eps": config.optimizer.eps}
     if scaling is not None:
         positive |= flatten(scaling, "model.rope_scaling")
         if scaling.low_freq_factor >= scaling.high_freq_factor:
@@ -152,7 +152,7 @@ def check_numbers(config: TitanConfig) -> Iterator[Problem]:
             )
     for key, value in positive.items():
         if value <= 0:
-            yield Problem(f"{key} = {value} is not positive", suggestion=f"{key}=1")
+            yield Problem(f"{key} = {value} is not positive", suggestion=f"{key}={1e-8 if 'eps' in key else 1}")
 
 
 def check_run_directory(config: TitanConfig) -> Iterator[Problem]:
@@ -351,6 +351,8 @@ def _check_pipeline_microbatches(config: TitanConfig) -> Iterator[Problem]:
     settings, rows = config.parallelism, config.training.local_batch_size
     schedule = settings.pp_schedule.name
     pieces = pipeline_microbatches(config)
+    # PyTorch wants one for every stage of DualPipeV, of which each rank has two
+    least = 2 * settings.pp if schedule == "DualPipeV" else settings.pp
     if pieces < 1 or rows % pieces:
         yield Problem(
             f"parallelism.pp_microbatches = {pieces} does not divide training.local_batch_size = {rows}",
@@ -365,9 +367,10 @@ def _check_pipeline_microbatches(config: TitanConfig) -> Iterator[Problem]:
                 "By default every row of a micro-batch is one.",
                 f"training.local_batch_size={wanted}",
             )
-    elif pieces < settings.pp or (schedule not in ("GPipe", "1F1B") and pieces % settings.pp):
-        least = settings.pp * max(1, -(-pieces // settings.pp))
-        rule = f"at least {settings.pp}" if schedule in ("GPipe", "1F1B") else f"a multiple of {settings.pp}"
+    elif pieces < least or (schedule not in ("GPipe", "1F1B") and pieces % settings.pp):
+        rule = f"at least {least}" if schedule in ("GPipe", "1F1B") else f"a multiple of {settings.pp}"
+        rule += f", and at least {least}" * (schedule == "DualPipeV")
+        least = settings.pp * max(least // settings.pp, -(-pieces // settings.pp))
         yield Problem(
             f"{pieces} pipeline microbatches are too few or uneven for pp {settings.pp} with {schedule}",
             f"{schedule} needs {rule}; by default every row of a micro-batch is one.",

@@ -64,17 +64,17 @@ def find_shared_memory(path: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def find_limits() -> Iterator[Finding]:
-    """Look at how many files a process may have open."""
+    """Look at how many files a process may have open; a rank takes all that it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    what = f"{soft} open files a process (at most {hard})"
-    if soft < _FEW_FILES:
-        yield problem("files", what, f"ulimit -n {min(65536, hard)}", soft=soft, hard=hard)
-    elif soft == _FEW_FILES:
-        yield note(
-            "files", f"{what}: little for many data files", f"ulimit -n {min(65536, hard)}", soft=soft, hard=hard
-        )
-    else:
+    has_no_end = hard == resource.RLIM_INFINITY
+    what = f"open files a process: {'as many as it wants' if has_no_end else f'at most {hard}'}"
+    advice = "raise the hard limit: LimitNOFILE of the service, or nofile in /etc/security/limits.conf"
+    if has_no_end or hard > _FEW_FILES:
         yield ok("files", what, soft=soft, hard=hard)
+    elif hard < _FEW_FILES:
+        yield problem("files", what, advice, soft=soft, hard=hard)
+    else:
+        yield note("files", f"{what}: little for many data files, or some hundred ranks", advice, soft=soft, hard=hard)
 
 
 def find_slurm() -> Iterator[Finding]:

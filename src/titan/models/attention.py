@@ -149,6 +149,9 @@ class CausalAttention(nn.Module):
     kernel = ANY
     """Set when parallelism is applied."""
 
+    def init_buffers(self, seq_len: int, device: torch.device | str) -> None:
+        """Compute what depends on the length of sequences alone, where it is used; here there is nothing."""
+
     def visible(self, starts: Tensor, positions: Tensor) -> Visible:
         """Return what `forward` takes as `visible`: once for all blocks. Shape: (B, S), (S,) -> for S and S."""
         return self.mask(starts, positions, starts.shape[1])

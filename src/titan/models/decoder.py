@@ -63,8 +63,11 @@ class Decoder(nn.Module):
             self.output.register_parameter("weight", dict(self.tok_embeddings.named_parameters())["weight"])
 
     def init_buffers(self, device: torch.device | str) -> None:
-        """Compute the rotary angles; a model built on meta has none."""
+        """Compute the rotary angles, and what attention keeps; a model built on meta has none."""
         self.rope = build_rope_cache(self.config, self.seq_len, device)
+        for module in self.modules():
+            if isinstance(module, CausalAttention):
+                module.init_buffers(self.seq_len, device)
         if self.positions is not None:
             self.positions = self.positions.to(device)
 

@@ -22,6 +22,7 @@ Shape letters: B batch, S sequence, H query heads, K kv heads, E head size, C ch
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -56,16 +57,22 @@ def apply_context_parallel(model: Decoder, group: dist.ProcessGroup, method: Con
     model.positions = positions_of_rank(model.seq_len, group.size(), group.rank(), head_tail)
 
 
+@functools.cache  # one for all blocks
+def _order(seq_len: int, ranks: int, head_tail: bool, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Return the positions in the order in which the ranks hold them, and the inverse of that order."""
+    held = torch.cat([positions_of_rank(seq_len, ranks, rank, head_tail) for rank in range(ranks)])
+    return held.to(device), held.argsort().to(device)
+
+
 class _ContextAttention(CausalAttention):
     def __init__(self, group: dist.ProcessGroup, head_tail: bool) -> None:
         super().__init__()
         self.group, self.head_tail = group, head_tail
+        self.held = self.inverse = torch.empty(0, dtype=torch.int64)
 
-    def order(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the positions in the order in which the ranks hold them, and the inverse of that order."""
-        ranks = self.group.size()
-        held = torch.cat([positions_of_rank(length, ranks, rank, self.head_tail) for rank in range(ranks)])
-        return held.to(device), held.argsort().to(device)
+    def init_buffers(self, seq_len: int, device: torch.device | str) -> None:
+        """Put the order of the positions where it is used, once: a copy in a step would have the host wait for it."""
+        self.held, self.inverse = _order(seq_len, self.group.size(), self.head_tail, device)
 
     def visible(self, starts: Tensor, positions: Tensor) -> Visible:
         """Return which keys of the whole sequence this rank's queries see. Shape: (B, S/cp) -> for S/cp and S."""
@@ -78,8 +85,7 @@ class AllGatherAttention(_ContextAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E)."""
         ranks, rank, length = self.group.size(), self.group.rank(), q.shape[2]
-        _, inverse = self.order(ranks * length, q.device)
-        k, v = (gather(x, 2, self.group).index_select(2, inverse) for x in (k, v))
+        k, v = (gather(x, 2, self.group).index_select(2, self.inverse) for x in (k, v))
         if visible is not None:
             return attend(q, k, v, visible, self.kernel)
         if not self.head_tail:
@@ -100,15 +106,13 @@ class AllToAllAttention(_ContextAttention):
 
     def visible(self, starts: Tensor, positions: Tensor) -> Visible:
         """Return which keys every query of the sequence sees. Shape: (B, S/cp) -> for S and S."""
-        _, inverse = self.order(self.group.size() * starts.shape[1], starts.device)
-        whole = all_gather(starts, 1, self.group).index_select(1, inverse)
+        whole = all_gather(starts, 1, self.group).index_select(1, self.inverse)
         return self.mask(whole, torch.arange(whole.shape[1], device=whole.device), whole.shape[1])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E). H and K are multiples of cp."""
-        held, inverse = self.order(self.group.size() * q.shape[2], q.device)
-        q, k, v = (_exchange(x, 1, 2, self.group).index_select(2, inverse) for x in (q, k, v))
-        return _exchange(attend(q, k, v, visible, self.kernel).index_select(2, held), 2, 1, self.group)
+        q, k, v = (_exchange(x, 1, 2, self.group).index_select(2, self.inverse) for x in (q, k, v))
+        return _exchange(attend(q, k, v, visible, self.kernel).index_select(2, self.held), 2, 1, self.group)
 
 
 def _exchange(x: Tensor, cut: int, join: int, group: dist.ProcessGroup) -> Tensor:
@@ -144,7 +148,7 @@ class RingAttention(_ContextAttention):
         if groups > 1:
             # The kernels that give the log-sum-exp take equal heads; autograd sums the copies' gradients.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return cast(Tensor, _Ring.apply(q, k, v, visible, self.group, self.head_tail))
+        return cast(Tensor, _Ring.apply(q, k, v, visible, self.held, self.group, self.head_tail))
 
 
 def _pairs(source: int, rank: int, head_tail: bool) -> tuple[slice, slice, bool] | None:
@@ -169,7 +173,14 @@ def _part(x: Tensor, halves: slice) -> Tensor:
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, group: dist.ProcessGroup, head_tail: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: Tensor | None,
+        held: Tensor,
+        group: dist.ProcessGroup,
+        head_tail: bool,
     ) -> Tensor:
         ranks, rank = group.size(), group.rank()
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
@@ -186,19 +197,19 @@ class _Ring(torch.autograd.Function):
                     _part(travelling[0], keys),
                     _part(travelling[1], keys),
                     causal,
-                    _bias(visible, source, ranks, queries, keys, head_tail, q.dtype),
+                    _bias(visible, held.chunk(ranks)[source], queries, keys, q.dtype),
                 )
                 _merge(_part(out, queries), _part(lse, queries), part, part_lse)
             if arriving is not None:
                 travelling = _finish_hop(arriving)
         result = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, result, lse, visible)
+        ctx.save_for_backward(q, k, v, result, lse, visible, held)
         ctx.group, ctx.head_tail = group, head_tail
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        q, k, v, out, lse, visible = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, out, lse, visible, held = ctx.saved_tensors
         ranks, rank = ctx.group.size(), ctx.group.rank()
         grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         travelling = torch.stack((k, v))
@@ -217,7 +228,7 @@ class _Ring(torch.autograd.Function):
                     _part(out, queries),
                     _part(lse, queries),
                     causal,
-                    _bias(visible, source, ranks, queries, keys, ctx.head_tail, q.dtype),
+                    _bias(visible, held.chunk(ranks)[source], queries, keys, q.dtype),
                 )
                 _part(grad_q, queries).add_(parts[0])
                 _part(gradients[0], keys).add_(parts[1])
@@ -225,21 +236,21 @@ class _Ring(torch.autograd.Function):
             travelling = _finish_hop(_start_hop(travelling, ctx.group)) if hop + 1 < ranks else travelling
             gradients = _finish_hop(_start_hop(gradients, ctx.group))
         grad_k, grad_v = gradients.to(k.dtype).unbind(0)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None
 
 
 def _bias(
-    visible: Tensor | None, source: int, ranks: int, queries: slice, keys: slice, head_tail: bool, dtype: torch.dtype
+    visible: Tensor | None, positions: Tensor, queries: slice, keys: slice, dtype: torch.dtype
 ) -> Tensor | None:
     """Return what is added to the scores of some of this rank's queries and some of another rank's keys.
 
     Shape:
-        visible: (B, 1, S/cp, S) or None. Returns (B, 1, Q, C), 0 or -inf, or None.
+        visible: (B, 1, S/cp, S) or None. positions: (S/cp,), of the other's keys. Returns (B, 1, Q, C), 0 or -inf, or
+        None.
     """
     if visible is None:
         return None
-    held = positions_of_rank(visible.shape[-1], ranks, source, head_tail).to(visible.device)
-    seen = _part(_part(visible, queries).transpose(2, 3)[:, :, held], keys).transpose(2, 3)
+    seen = _part(_part(visible, queries).transpose(2, 3)[:, :, positions], keys).transpose(2, 3)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 

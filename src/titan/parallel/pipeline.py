@@ -11,6 +11,7 @@ Source:
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,11 @@ from torch.distributed.tensor import DTensor
 from titan.config.schema import PipelineSchedule
 from titan.data.loader import Batch
 from titan.models.decoder import Decoder
+
+_NO_OUTPUTS = (
+    {"return_outputs": False} if "return_outputs" in inspect.signature(PipelineScheduleSingle.step).parameters else {}
+)
+"""What a schedule is told, that the last stage's hidden states are not kept to its end; PyTorch has learned it."""
 
 
 class Stage(PipelineStage):
@@ -180,7 +186,7 @@ def run_pipeline(
     target = labels if pipeline.has_last_stage else None
     arguments = (tokens,) if pipeline.has_first_stage else ()
     # Every stage needs to know where documents begin, and every rank does: it has the same rows.
-    options: dict[str, Any] = {} if starts is None else {"starts": starts}
+    options: dict[str, Any] = dict(_NO_OUTPUTS) if starts is None else {"starts": starts, **_NO_OUTPUTS}
     pipeline.schedule.step(*arguments, target=target, losses=losses, **options)
     if losses:
         return torch.stack([loss.detach() for loss in losses]).sum()

@@ -170,10 +170,11 @@ def save_surely(
                 return
         seconds = trainer.config.checkpoint.retry_seconds
         while seconds > 0:
-            told, _ = agree(trainer, warning(), Wishes())
-            if told:
-                raise Stopped(signal.Signals(told).name, trainer.state.step, saver.saved_step)
-            time.sleep(min(1.0, seconds))
+            with watchdog.extended():  # second by second, for the wait may be longer than any limit
+                told, _ = agree(trainer, warning(), Wishes())
+                if told:
+                    raise Stopped(signal.Signals(told).name, trainer.state.step, saver.saved_step)
+                time.sleep(min(1.0, seconds))
             seconds -= 1.0
 
 

@@ -11,7 +11,9 @@ One of each a rank. What the shares mean: `titan.trainer.breakdown`.
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -95,6 +97,10 @@ class Profile:
     def _write_trace(self, finished: profile) -> None:
         if not self._traced:  # the run ends in the first of them
             return
+        with self._surviving("trace"):
+            self._write_trace_of(finished)
+
+    def _write_trace_of(self, finished: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         first, last = self._traced[0], self._traced[-1]
         name = f"steps_{first}_{last}.rank_{self.rank:05d}"
@@ -109,10 +115,19 @@ class Profile:
     def _write_memory(self, name: str) -> None:
         if not self._records_memory:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.rank_{self.rank:05d}.memory.pickle"
-        torch.cuda.memory._dump_snapshot(str(path))
-        logger.info(f"memory snapshot: {path}")
+        with self._surviving("memory snapshot"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{name}.rank_{self.rank:05d}.memory.pickle"
+            torch.cuda.memory._dump_snapshot(str(path))
+            logger.info(f"memory snapshot: {path}")
+
+    @contextlib.contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Go on where something cannot be written: the run is worth more than a look at it."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning(f"no {what} of rank {self.rank}: {self.folder} cannot be written to ({error.strerror})")
 
     def _stop_recording_memory(self) -> None:
         if self._records_memory:

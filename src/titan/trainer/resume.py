@@ -100,6 +100,8 @@ def load_checkpoint(
         if not trainer.optimizer.state:
             create_optimizer_state(trainer.optimizer)
         state |= optimizer_state(trainer.parameters, trainer.optimizer)
+    elif takes_all:  # a run that goes back to its first step has taken others since
+        trainer.optimizer.state.clear()
     state = {name: tensor for name, tensor in state.items() if not _fits_any(name, exclude)}
     cursors = _cursors(trainer, manifest, infos, exclude) if takes_all else {}
     prefixes = (MODEL, OPTIMIZER, *cursors) if takes_all else (MODEL,)
