@@ -3,7 +3,8 @@
     transformers   a plain loop over `transformers.LlamaForCausalLM`, as one writes it by hand
     torchtitan     the trainer of the package torchtitan 0.2.2, none of whose training code is changed
 
-Both get the rows that titan trains on, ready-made and in the same order, and time each step from outside.
+Both get the rows that titan trains on, ready-made and in the same order, and are timed from outside: from the end of
+one step to the end of another, so that what they do between two steps is in it, as it is in titan's own times.
 
 TorchTitan has no CPU among its devices and imports triton for a model that is not used here. So, on a CPU, from
 outside: a stand-in for triton while it is imported, and for its look-ups of the device.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 WARM_UP = 2
-"""Steps before those that are timed; what is compiled is compiled in the first."""
+"""Steps before those that are timed, on a CPU; what is compiled is compiled in the first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Run:
     frozen: str
     """The config of titan's side: the model, the rows and the optimizer are taken from it."""
     steps: int
+    """All of them."""
+    warm_up: int = WARM_UP
+    """Those that come before what is measured."""
     compile: bool = False
     bfloat16: bool = False
     float8: bool = False
@@ -107,9 +112,10 @@ def run_transformers(run: Run) -> dict[str, Any]:
 
     if run.compile:
         loss_of = torch.compile(loss_of)
-    seconds, losses = [], []
-    for tokens, labels in _read_batches(run):
-        start = time.perf_counter()
+    losses: list[torch.Tensor] = []
+    batches = _read_batches(run)
+    clock = _Clock(run, device)
+    for tokens, labels in batches:
         tokens, labels = tokens.to(device), labels.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.bfloat16):
             loss = loss_of(tokens, labels)
@@ -117,9 +123,9 @@ def run_transformers(run: Run) -> dict[str, Any]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        seconds.append(time.perf_counter() - start)
-    return _figures(seconds, losses, sum(parameter.numel() for parameter in model.parameters()), device)
+        losses.append(loss.detach())
+        clock.end_step()
+    return _figures(clock, losses, sum(parameter.numel() for parameter in model.parameters()), device)
 
 
 def run_torchtitan(run: Run) -> dict[str, Any]:
@@ -179,15 +185,13 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
             "gloo" if on_cpu else "nccl", init_method=f"file://{store.name}", rank=0, world_size=1
         )
         trainer: Any = Trainer(job)
-        seconds, losses = [], []
+        losses: list[torch.Tensor] = []
         step, forward_backward = trainer.train_step, trainer.forward_backward_step
+        clock = _Clock(run, trainer.device)
 
         def timed(data: Any) -> None:
-            start = time.perf_counter()
             step(data)
-            if not on_cpu:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
+            clock.end_step()
 
         def kept(**given: Any) -> torch.Tensor:
             loss = forward_backward(**given)
@@ -200,7 +204,7 @@ def run_torchtitan(run: Run) -> dict[str, Any]:
         device = trainer.device
         trainer.close()
         torch.distributed.destroy_process_group()
-    return _figures(seconds, [float(loss) for loss in losses], parameters, device)
+    return _figures(clock, losses, parameters, device)
 
 
 class _Rows:
@@ -286,15 +290,36 @@ def _read_batches(run: Run) -> list[Any]:
     return [(batch.tokens, batch.labels) for batch in batches]
 
 
-def _figures(seconds: list[float], losses: list[float], parameters: int, device: Any) -> dict[str, Any]:
+class _Clock:
+    """Times steps from end to end: each on a CPU; on a GPU all that are measured together, for the host is ahead."""
+
+    def __init__(self, run: Run, device: Any) -> None:
+        self.run, self.is_cuda, self.ends = run, device.type == "cuda", [time.perf_counter()]
+
+    def end_step(self) -> None:
+        import torch
+
+        if self.is_cuda and len(self.ends) in (1, self.run.warm_up, self.run.steps):
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    def step_seconds(self) -> list[float]:
+        """Return the times of the measured steps; of a GPU's, their mean."""
+        ends = self.ends[self.run.warm_up :]
+        if self.is_cuda:
+            return [(ends[-1] - ends[0]) / (len(ends) - 1)]
+        return [end - begin for begin, end in itertools.pairwise(ends)]
+
+
+def _figures(clock: _Clock, losses: list[Any], parameters: int, device: Any) -> dict[str, Any]:
     from titan.metrics.memory import peak_memory_gib
 
     return {
-        "step_seconds": seconds[WARM_UP:],
-        "first_step_seconds": seconds[0],
+        "step_seconds": clock.step_seconds(),
+        "first_step_seconds": clock.ends[1] - clock.ends[0],
         "peak_memory_gib": peak_memory_gib(device),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "first_loss": float(losses[0]),
+        "last_loss": float(losses[-1]),
         "parameters": parameters,
     }
 

@@ -8,8 +8,11 @@ The rivals are in rivals.py; torchtitan takes part where it is installed (pip in
 
 All sides of a case train the same shape on the same rows with fused AdamW and clipping at norm 1. titan's side is the
 command itself, `python -m titan.train`, with its own step times from metrics.jsonl: loading, logging and the process
-group are in them. The others get their rows ready-made. A rate is that of the median step of a process after two steps
-of warm-up, in which all is compiled.
+group are in them. The others get their rows ready-made. On a CPU a rate is that of the median step of a process after
+two steps of warm-up, in which all is compiled. On a GPU the host runs ahead of the device, and a program that waited
+for it after each step would be another one: there a rate is that of all measured steps together, from a device that has
+nothing left to do to the next such moment, which are titan's logged steps; what a program does between its steps is in
+it. There the warm-up has as many steps as are measured.
 
 Each repetition is a process of its own and the sides take turns, so none has the quieter minutes. On a CPU a turn
 during which other processes kept a fifth of a core busy is taken again and written down apart: OpenMP's threads wait
@@ -99,7 +102,11 @@ class Case:
     """Measured ones."""
     repeats: int = 3
     fastest_rows: dict[Side, int] = field(default_factory=dict)
-    """The micro-batch of a side, if it is another than `rows`; 0 where none fits. One that does not fit is halved."""
+    """The micro-batch of a side, if it is another than `rows`; 0 where none fits. One that does not fit loses a row."""
+
+    def warm_up(self, device: str) -> int:
+        """Return the steps before those that are measured."""
+        return WARM_UP if device == "cpu" else self.steps
 
     def rows_of(self, side: Side) -> int:
         """Return the rows of a side's micro-batch."""
@@ -154,7 +161,7 @@ CUDA = (
     Case("8B cut to 8 layers", ("model=llama3_8b", "model.n_layers=8"), 2, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
     Case("3.2 1B", ("model=llama3_2_1b", "model.tie_embeddings=false"), 4, 8192, _ON_GPU, _GPU_MARKS, 8, 2),
 )
-_TRIED_ROWS = (1, 2, 4, 8)
+_TRIED_ROWS = (1, 2, 3, 4, 6, 8)
 
 Result = dict[str, Any]
 
@@ -214,9 +221,9 @@ def measure(case: Case, device: str, busy: bool, deadline: float) -> Result:
             for side in sides:
                 while time.monotonic() < deadline:
                     others = OtherLoad()
-                    result = run_side(case, side, Path(name), device, rows[side], case.steps)
+                    result = run_side(case, side, Path(name), device, rows[side])
                     if result is None and device == "cuda" and rows[side] > 1 and not quiet[side]:
-                        rows[side] //= 2  # out of memory
+                        rows[side] -= 1  # out of memory
                         continue
                     if result is None:
                         break
@@ -317,7 +324,7 @@ def choose_rows(case: Case, device: str) -> None:
         for side in _installed(case.sides):
             rates: dict[int, float] = {}
             for rows in _TRIED_ROWS:
-                result = run_side(case, side, Path(folder), device, rows, 3)
+                result = run_side(replace(case, steps=3), side, Path(folder), device, rows)
                 if result is None:  # out of memory, as more rows would be
                     break
                 rates[rows] = result["tokens_per_second"]
@@ -344,22 +351,26 @@ def freeze(case: Case, folder: Path, device: str, rows: int) -> Path:
     return path
 
 
-def run_side(case: Case, side: Side, folder: Path, device: str, rows: int, steps: int) -> Result | None:
+def run_side(case: Case, side: Side, folder: Path, device: str, rows: int) -> Result | None:
     """Train in a process of its own; return what it gave, or None where it has failed."""
-    directory = folder / f"run_{time.monotonic_ns()}"
+    directory, warm_up = folder / f"run_{time.monotonic_ns()}", case.warm_up(device)
+    steps = case.steps + warm_up
     if side.program == "titan":
         arguments = [
             *(*TITAN, *_overrides(case, directory, folder, device, rows)),
-            f"training.steps={steps + WARM_UP}",
+            f"training.steps={steps}",
+            f"metrics.log_every={1 if device == 'cpu' else case.steps}",
             f"training.param_dtype={side.dtype}",
             f"activation_checkpoint={side.recompute}",
             f"compile={'inductor' if side.compile else 'none'}",
             f"float8={'tensorwise' if side.float8 else 'none'}",
+            *["float8.convert_output=true"] * side.float8,  # as torchtitan does by itself
         ]
     else:
         run = Run(
             str(freeze(case, folder, device, rows)),
-            steps + WARM_UP,
+            steps,
+            warm_up,
             side.compile,
             side.dtype == "bfloat16",
             side.float8,
@@ -375,7 +386,7 @@ def run_side(case: Case, side: Side, folder: Path, device: str, rows: int, steps
     if side.program == "titan":
         metrics = read_metrics(directory)
         result = {
-            "step_seconds": [row["step_seconds"] for row in metrics[WARM_UP:]],
+            "step_seconds": [row["step_seconds"] for row in metrics if row["step"] > warm_up],
             "first_step_seconds": metrics[0]["step_seconds"],
             "peak_memory_gib": metrics[-1]["memory_gib"],
             "first_loss": metrics[0]["loss"],
@@ -390,7 +401,7 @@ def _overrides(case: Case, directory: Path, folder: Path, device: str, rows: int
     return [
         *(*case.overrides, f"cluster.device={device}", "cluster.devices_per_node=1"),
         *(f"training.seq_len={case.seq_len}", f"training.local_batch_size={rows}"),
-        *("training.max_grad_norm=1.0", "checkpoint=disabled", "metrics.log_every=1"),
+        *("training.max_grad_norm=1.0", "checkpoint=disabled"),
         *(f"run.dir={directory}", f"data.cache_dir={folder}/cache"),
     ]
 

@@ -317,9 +317,7 @@ def test_a_float8_output_has_its_loss_in_chunks(
     recipe = layout[0]
     kept = [setting for setting in layout if setting.startswith("training.param_dtype")]
     rows = 1 if "parallelism.pp=2" in layout else 2
-    whole = record(
-        1, *OUTPUT, recipe, *kept, "training.loss_chunk_size=0", f"training.local_batch_size={rows}"
-    )
+    whole = record(1, *OUTPUT, recipe, *kept, "training.loss_chunk_size=0", f"training.local_batch_size={rows}")
     found = record(world_size, *OUTPUT, *layout)
     difference = compare_records(found, whole)
     assert is_same(difference, FLOAT8), difference
@@ -380,12 +378,15 @@ def test_float8_learns_as_bfloat16_does(pools: Callable[[int], RankPool], cache:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("more", [(), (*OUTPUT[len(WIDE) :], "compile=inductor")])
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
-def test_the_hardware_rounds_as_its_emulation(record: Callable[..., Record], packed_file: Path, recipe: str) -> None:
-    """A GPU's float8 products train as the emulated ones do, in bfloat16."""
+def test_the_hardware_rounds_as_its_emulation(
+    record: Callable[..., Record], packed_file: Path, recipe: str, more: tuple[str, ...]
+) -> None:
+    """A GPU's float8 products train as the emulated ones do, in bfloat16; the output's and compiled ones too."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    overrides = (*WIDE[:3], f"float8={recipe}", "training.param_dtype=bfloat16", *mesh())
+    overrides = (*WIDE[:3], f"float8={recipe}", "training.param_dtype=bfloat16", *mesh(), *more)
     emulated = record(1, *overrides, "float8.emulate=true")
     config = layout_config(1, (*overrides, "float8.emulate=true"))
     config.float8.emulate = False

@@ -124,7 +124,7 @@ def test_what_is_compiled_writes_over_the_logits(dtype: torch.dtype, tolerance: 
 
 
 def test_gradients_do_not_outlive_the_backward_pass() -> None:
-    """Who keeps a loss keeps no gradient as large as the weights; where the graph is retained, it can be asked again."""
+    """Who keeps a loss keeps no gradient of the weights; where the graph is retained, it can be asked again."""
     hidden, weight, labels = problem()
     loss = chunked_cross_entropy(hidden, weight, labels, 8)
     kept = [weakref.ref(gradient) for gradient in loss.grad_fn.gradients]  # type: ignore[union-attr]

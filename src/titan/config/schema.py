@@ -519,7 +519,7 @@ class Float8Config:
     auto_filter_small_kn: bool = False
     """Linears too small to gain from float8 stay as they are, by torchao's rule, measured on H100."""
     convert_output: bool = False
-    """Exchange the projection to words too; it then has no chunked loss."""
+    """Exchange the projection to words too, whose rounding goes straight into the loss."""
     fsdp_all_gather: bool | None = None
     """Gather weights in float8 under FSDP; null does with float8=tensorwise, where there is something to gather."""
     precompute_scales: bool | None = None

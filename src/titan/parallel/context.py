@@ -239,9 +239,7 @@ class _Ring(torch.autograd.Function):
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None
 
 
-def _bias(
-    visible: Tensor | None, positions: Tensor, queries: slice, keys: slice, dtype: torch.dtype
-) -> Tensor | None:
+def _bias(visible: Tensor | None, positions: Tensor, queries: slice, keys: slice, dtype: torch.dtype) -> Tensor | None:
     """Return what is added to the scores of some of this rank's queries and some of another rank's keys.
 
     Shape:

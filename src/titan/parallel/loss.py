@@ -57,12 +57,12 @@ def apply_loss(
     Returns:
         Positions of a chunk; 0 for all together.
     """
-    output: Any = model.output
-    assert output is not None, "the stage that has the output"
-    if chunk_size == 0 or not (project or isinstance(output, Linear)):
+    assert model.output is not None, "the stage that has the output"
+    if chunk_size == 0 or not (project or isinstance(model.output, Linear)):
         model.loss = _LossOfLogits(group)
         return 0
-    output.__class__ = _with_loss(type(output))
+    model.output.__class__ = _with_loss(type(model.output))  # type: ignore[reportAttributeAccessIssue]
+    output = cast(_LossOutput, model.output)
     size = chunk_size if chunk_size > 0 else choose_loss_chunk(model.config.vocab_size, device_type, is_compiled)
     output.chunk_size, output.group, output.project = size, group, project
     model.loss = _call_output
@@ -239,20 +239,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for first in range(0, len(hidden), size or 1):
             chunk, its = hidden[first : first + size], labels[first : first + size]
             if project is not None:
-                loss, its_hidden, its_weight = _differentiate_through(
-                    project, chunk, weight, needs, lambda logits: differentiate(logits, its, group)
-                )
+                how = functools.partial(differentiate, labels=its, group=group)
+                loss, its_hidden, its_weight = _differentiate_through(project, chunk, weight, needs, how)
                 if its_weight is not None:  # added up in float32, for every chunk rounds
                     grad_weight = its_weight if grad_weight is None else grad_weight.float().add_(its_weight)
             else:
-                loss, gradient = differentiate(product(chunk, weight), its, group)
+                loss, gradient = differentiate(product(chunk, weight), labels=its, group=group)
                 its_hidden = product(gradient, weight.t()) if needs_hidden else None
                 if needs_weight and chunks == 1:
                     grad_weight = product(gradient.t(), chunk.t())
                 elif needs_weight:
                     grad_weight = add_product(grad_weight, gradient.t(), chunk.t())
             total += loss
-            if grad_hidden is not None:
+            if grad_hidden is not None and its_hidden is not None:
                 grad_hidden[first : first + size] = its_hidden
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
@@ -271,7 +270,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     gradient.mul_(grad)
             ctx.is_scaled = True
         # Nobody else lets go of them: a pipeline's schedule keeps the losses of all microbatches to its end.
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[reportAttributeAccessIssue]
             ctx.gradients = None
         return *gradients, None, None, None, None, None, None
 

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, fields
 
 from titan.config.degrees import accumulation_steps, choose_loss_chunk, frees_blocks, has_fsdp, pipeline_microbatches
-from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, Dtype, TitanConfig
+from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, Dtype, Float8Recipe, TitanConfig
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.pipeline import LOOPED, Flow, flow_of
 from titan.plan.rank import Shapes, Stage, stages_of
@@ -160,8 +160,10 @@ def is_checkpointed(config: TitanConfig, block: int) -> bool:
 def loss_bytes(shapes: Shapes, system: System = TITAN) -> float:
     """Return what the loss of a microbatch takes at its peak, with what the output is multiplied by.
 
-    In chunks: the logits of one chunk four times (the product, in float32, its softmax, rounded), the gradients of the
-    hidden states and the weights. All at once: see `System.loss_bytes`.
+    In chunks: the logits of one chunk, whose place their gradient takes if the loss is compiled, and otherwise four
+    times (the product, in float32, its softmax, rounded); what a float8 output makes of the gradient; the gradients of
+    the hidden states and of the weights, those in float32 if there are several chunks. All at once: see
+    `System.loss_bytes`.
     """
     config, a, tokens = shapes.config, shapes.bytes, shapes.tokens
     settings, dim = config.parallelism, config.model.dim
@@ -170,8 +172,10 @@ def loss_bytes(shapes: Shapes, system: System = TITAN) -> float:
     hidden = tokens * dim * (shapes.between + 1) * a  # the norm's input and its result, gathered
     chunk = chunk_size(shapes)
     if chunk:
-        logits = min(chunk, tokens) * words * (2 * a + 8)
-        return hidden + logits + tokens * dim * a + words * dim * (8 + a)
+        each = a if config.compile.enable and config.compile.loss else 2 * a + 8
+        each += 2 if _has_float8_output(config) else 0
+        summed = 8 + a if chunk < tokens else 2 * a
+        return hidden + min(chunk, tokens) * words * each + tokens * dim * a + words * dim * summed
     each = system.parallel_loss_bytes if is_cut else system.loss_bytes
     return hidden + tokens * words * each
 
@@ -180,12 +184,16 @@ def chunk_size(shapes: Shapes) -> int:
     """Return the positions of a chunk of the loss; 0 for all at once."""
     config = shapes.config
     has_words = config.parallelism.tp == 1 or config.parallelism.loss_parallel
-    is_float8 = config.float8.convert_output and config.float8.recipe.name != "none"
-    if config.training.loss_chunk_size == 0 or not has_words or is_float8:
+    if config.training.loss_chunk_size == 0 or not has_words:
         return 0
     if config.training.loss_chunk_size > 0:
         return config.training.loss_chunk_size
-    return choose_loss_chunk(config.model.vocab_size, "cpu" if config.cluster.device is Device.cpu else "cuda")
+    device_type = "cpu" if config.cluster.device is Device.cpu else "cuda"
+    return choose_loss_chunk(config.model.vocab_size, device_type, config.compile.enable and config.compile.loss)
+
+
+def _has_float8_output(config: TitanConfig) -> bool:
+    return config.float8.convert_output and config.float8.recipe is not Float8Recipe.none
 
 
 def is_gathered_twice(config: TitanConfig) -> bool:
