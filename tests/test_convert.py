@@ -487,6 +487,11 @@ MISTAKES: dict[str, tuple[list[str], int, str]] = {
         66,
         "empty/checkpoint: there is no such directory\n  empty has: checkpoints\n  Try  empty/checkpoints",
     ),
+    "a folder in a file": (
+        ["inspect", "{models}/plain/config.json/a"],
+        66,
+        "config.json/a: there is no such directory",
+    ),
     "a run where there are none": (["inspect", "runs/nope"], 66, "runs/nope: there is no such directory"),
     "a name on the hub": (
         ["import", "meta-llama/Llama-3.1-8B", "out"],

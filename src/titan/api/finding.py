@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ def describe_missing(path: Path, instead: str) -> str:
         instead: What to type where no name is like its own.
     """
     near = path.parent
-    while not near.exists():
+    while not near.is_dir():
         near = near.parent
-    names = sorted(each.name for each in near.iterdir() if each.is_dir() and not each.name.startswith("."))
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # nobody may list it
+        names = sorted(each.name for each in near.iterdir() if each.is_dir() and not each.name.startswith("."))
     close = difflib.get_close_matches(path.name, names, n=1)
     there = f"\n  {short_path(near)} has: {_listed(names)}" if names else ""
     return f"{short_path(path)}: there is no such directory{there}\n  Try  " + (
