@@ -477,7 +477,22 @@ def test_nothing_is_overwritten(convert: Convert, saved: Path, models: Path, her
 
 
 MISTAKES: dict[str, tuple[list[str], int, str]] = {
-    "a source that is not there": (["import", "{here}/none", "out"], 66, "none is not there"),
+    "a source that is not there": (
+        ["import", "{here}/none", "out"],
+        66,
+        "none: there is no such directory\n  . has: empty\n  Try  a run directory, a checkpoint of one, or",
+    ),
+    "a name that is nearly one": (
+        ["export", "empty/checkpoint", "out", "--to", "torch"],
+        66,
+        "empty/checkpoint: there is no such directory\n  empty has: checkpoints\n  Try  empty/checkpoints",
+    ),
+    "a folder in a file": (
+        ["inspect", "{models}/plain/config.json/a"],
+        66,
+        "config.json/a: there is no such directory",
+    ),
+    "a run where there are none": (["inspect", "runs/nope"], 66, "runs/nope: there is no such directory"),
     "a name on the hub": (
         ["import", "meta-llama/Llama-3.1-8B", "out"],
         66,

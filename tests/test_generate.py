@@ -174,7 +174,10 @@ def test_a_text_ends_where_the_context_does(generate: Generate, checkpoint: Path
 
 
 MISTAKES = [
-    (["checkpoint=none", "prompt=x"], 66, "none is not there"),
+    (["checkpoint=none", "prompt=x"], 66, "none: there is no such directory"),
+    (["checkpoint=new_run/nope", "prompt=x"], 66, "new_run has: checkpoints\n  Try  a run directory, a checkpoint of"),
+    (["checkpoint=new_rum", "prompt=x"], 66, "Try  new_run"),
+    (["checkpoint=meta-llama/Llama-3.2-1B", "prompt=x"], 66, "Try  hf download meta-llama/Llama-3.2-1B --local-dir"),
     (["checkpoint=empty", "prompt=x"], 66, "empty cannot be used: it is empty"),
     (["checkpoint=new_run", "prompt=x"], 66, "new_run cannot be used: this run has no checkpoint yet"),
     (["checkpoint=bare", "prompt=x"], 2, "bare has no tokenizer"),

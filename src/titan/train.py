@@ -43,9 +43,9 @@ from titan.config.load import (
 )
 from titan.config.schema import ClusterKind
 from titan.errors import INTERRUPTED, TERMINATED, ConfigError, Problem, Stopped, TitanError
-from titan.launch.dispatch import Frozen, freeze
+from titan.launch.dispatch import Frozen, already_complete, freeze
 from titan.launch.environment import adopt_slurm_step, current_machine, current_rank
-from titan.launch.submit import Outcome, Point, already_complete, submit_points
+from titan.launch.submit import Outcome, Point, submit_points
 from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
 
@@ -281,7 +281,7 @@ def dispatch(point: Point) -> Outcome:
     if config.cluster.kind is ClusterKind.slurm:
         return submit_points([point], is_sweep=False)[0]
     if freeze(config, directory, overrides) is Frozen.complete:
-        logger.info(already_complete(point))
+        logger.info(already_complete(config, directory))
         return ended(0)
     logger.info(f"run        {short_path(directory.path)}")
     return ended(run_frozen(config, directory))

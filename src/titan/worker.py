@@ -30,7 +30,7 @@ from titan.config.load import config_text, load_config, parse_config
 from titan.config.schema import Device, TitanConfig
 from titan.errors import INTERRUPTED, ConfigError, PeerLost, Problem, StepHung, Stopped, TitanError
 from titan.launch import signals
-from titan.launch.dispatch import Frozen, freeze
+from titan.launch.dispatch import Frozen, already_complete, freeze
 from titan.launch.environment import (
     CONFIG_DIGEST,
     Rank,
@@ -134,7 +134,7 @@ def run_started_rank(config: TitanConfig, rank: Rank, overrides: list[str]) -> i
             store.set(key, "refused")
         else:
             if found is Frozen.complete:
-                logger.info(f"{directory.path}: this run is complete; nothing to do")
+                logger.info(already_complete(config, directory))
             store.set(key, "complete" if found is Frozen.complete else config_text(config))
     text = store.get(key).decode()
     if text in ("refused", "complete"):

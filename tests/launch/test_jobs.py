@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from titan.config.degrees import Machine
 from titan.config.load import save_config
 from titan.errors import ConfigError
 from titan.launch import jobs
-from titan.launch.dispatch import freeze
+from titan.launch.dispatch import Frozen, freeze
 from titan.launch.jobs import SlurmJob, live_job, watch
 from titan.run_directory import RunDirectory
 
@@ -125,9 +126,13 @@ def test_a_directory_belongs_to_the_job_that_has_not_ended(
     """While a job waits or runs nothing else may freeze a config there, on whichever cluster."""
     says(answer)
     assert live_job(job.directory) == expected
-    if expected:
+    another = replace(job.config, training=replace(job.config.training, seed=7))
+    if expected is None:
+        assert freeze(another, job.directory, []) is Frozen.new, "it has trained nothing"
+        return
+    for config in (job.config, another):
         with pytest.raises(ConfigError, match="belongs to job 7, which has not ended"):
-            freeze(job.config, job.directory, [])
+            freeze(config, job.directory, [])
 
 
 def test_a_silent_slurm_is_no_permission(says: Says, job: SlurmJob) -> None:

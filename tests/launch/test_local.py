@@ -181,14 +181,18 @@ def test_bad_data_ends_the_run_with_its_file_and_line(titan_process: Command, he
     [
         (signal.SIGINT, True, 75),
         (signal.SIGTERM, False, 75),
+        (signal.SIGUSR2, False, 75),
         (signal.SIGKILL, False, -9),
     ],
-    ids=["Ctrl-C", "SIGTERM to the launcher", "SIGKILL to the launcher"],
+    ids=["Ctrl-C", "SIGTERM to the launcher", "SIGUSR2 to the launcher", "SIGKILL to the launcher"],
 )
 def test_no_process_outlives_its_launcher(
     here: Path, cache: Path, text_file: Path, number: signal.Signals, whole_group: bool, code: int
 ) -> None:
-    """However the command is stopped in the middle of training, all that it started ends within seconds."""
+    """However the command is stopped in the middle of training, all that it started ends within seconds.
+
+    Where that is in order, the signal that was sent is named, and once.
+    """
     arguments = ["-m", "titan.train", *TWO, ENDLESS, f"data.path={text_file}", "data.num_workers=1"]
     process = start(arguments, here, clean_environment(cache))
     metrics = here / "run" / "metrics.jsonl"
@@ -206,6 +210,12 @@ def test_no_process_outlives_its_launcher(
         wait_until(lambda: processes_with(process.mark) == {}, "all processes have ended", SECONDS)
     finally:
         kill_all(process)
+    if code == 75:
+        directory = RunDirectory(here / "run")
+        status = directory.read_status()
+        assert (status["state"], status["signal"]) == ("preempted", number.name)
+        assert [event["signal"] for event in directory.read_events("signal")] == [number.name]
+        assert finished.text.count("stopped by ") == finished.text.count(f"stopped by {number.name} after step") == 1
 
 
 def torchrun(here: Path, cache: Path, *arguments: str) -> Finished:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,33 @@ def points_of(path: Path) -> list[RunDirectory]:
     return sorted(filter(is_run, below), key=lambda run: (_number(run.path.name), run.path.name))
 
 
+def describe_missing(path: Path, instead: str) -> str:
+    """Say that a path is not there, which directories are near, and what to type.
+
+    Args:
+        path: Absolute.
+        instead: What to type where no name is like its own.
+    """
+    near = path.parent
+    while not near.is_dir():
+        near = near.parent
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # nobody may list it
+        names = sorted(each.name for each in near.iterdir() if each.is_dir() and not each.name.startswith("."))
+    close = difflib.get_close_matches(path.name, names, n=1)
+    there = f"\n  {short_path(near)} has: {_listed(names)}" if names else ""
+    return f"{short_path(path)}: there is no such directory{there}\n  Try  " + (
+        short_path(near / close[0]) if close and near == path.parent else instead
+    )
+
+
 def describe_no_run(path: Path) -> str:
     """Say why a path is no run, and what to type instead."""
     shown = short_path(path)
     if path.is_file():
         return f"{shown} is a file\n  Try  {short_path(path.parent)}   the directory that the run wrote to"
     if not path.exists():
-        near = path.parent
-        while not near.exists():
-            near = near.parent
-        names = sorted(each.name for each in near.iterdir() if each.is_dir() and not each.name.startswith("."))
-        close = difflib.get_close_matches(path.name, names, n=1)
-        there = f"\n  {short_path(near)} has: {_listed(names)}" if names else ""
-        return f"{shown}: there is no such directory{there}\n  Try  " + (
-            short_path(near / close[0]) if close and near == path.parent else "the directory that run.dir=... has named"
-        )
+        return describe_missing(path, "the directory that run.dir=... has named")
     if not any(path.iterdir()):
         return f"{shown} is empty: no run has written there\n  Try  python -m titan.train run.dir={shown}"
     deeper = [run for child in sorted(path.iterdir()) if child.is_dir() for run in points_of(child)]

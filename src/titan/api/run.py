@@ -29,11 +29,12 @@ from titan.config.check import check_config
 from titan.config.load import load_config
 from titan.config.schema import ClusterKind, TitanConfig
 from titan.errors import CommandError, ConfigError, Problem, Stopped, TitanError
-from titan.launch.dispatch import Frozen, freeze
+from titan.launch.dispatch import Frozen, already_complete, freeze
 from titan.launch.environment import CONFIG_DIGEST, config_digest, current_machine, current_rank
 from titan.launch.jobs import SETTLE_SECONDS, SlurmJob
 from titan.launch.lock import RunInUse, check_not_in_use, read_owner
 from titan.launch.submit import Point, submit_points
+from titan.log import logger
 from titan.run_directory import RunDirectory, short_path, utc_now
 
 _POLL_SECONDS = 0.1
@@ -243,6 +244,7 @@ def start(config: TitanConfig) -> Run:
     if config.cluster.kind is ClusterKind.slurm:
         return _submit(config, directory)
     if freeze(config, directory, []) is Frozen.complete:
+        logger.info(already_complete(config, directory))
         return Run(directory)
     directory.console.parent.mkdir(parents=True, exist_ok=True)
     digest, since = config_digest(directory.config), utc_now()

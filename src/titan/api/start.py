@@ -14,7 +14,7 @@ from pathlib import Path
 from titan.config.degrees import world_size
 from titan.config.load import load_config
 from titan.config.schema import TitanConfig
-from titan.errors import ConfigError, RanksFailed, TitanError
+from titan.errors import ConfigError, RanksFailed, Stopped, TitanError
 from titan.launch.local import launch_local
 from titan.log import start_logging
 from titan.run_directory import RunDirectory
@@ -35,7 +35,8 @@ def run_frozen(config: TitanConfig, directory: RunDirectory) -> int:
     try:
         launch_local(directory, ranks, config.cluster.grace_seconds, environment=config.cluster.environment)
     except TitanError as error:
-        print(f"\n{error}", file=sys.stderr)
+        if not isinstance(error, Stopped):  # which rank 0 has said
+            print(f"\n{error}", file=sys.stderr)
         said = directory.read_status()
         first = error.rank if isinstance(error, RanksFailed) else None
         is_refused = error.exit_code == ConfigError.exit_code  # the files may be those of another run, which has them

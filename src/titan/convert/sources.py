@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from titan.api.finding import describe_missing
 from titan.checkpoint.hugging_face import CONFIG, HuggingFaceWeights, is_hugging_face
 from titan.checkpoint.hugging_face_config import read_hugging_face_config
 from titan.checkpoint.manifest import NAME, Damaged, Manifest, committed_steps, step_folder
@@ -63,9 +64,12 @@ def open_source(path: Path) -> Source:
     if path.is_file():
         return _open_file(path)
     if not path.is_dir():
-        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
-        hint = f"\n  Try  hf download {path} --local-dir FOLDER   if it is the name of a model on the Hugging Face Hub"
-        raise CheckpointError(f"{path} is not there{hint * is_name}")
+        if not _may_be_on_hub(path):
+            raise CheckpointError(
+                describe_missing(path.absolute(), "a run directory, a checkpoint of one, or a Hugging Face folder")
+            )
+        hint = f"hf download {path} --local-dir FOLDER   if it is the name of a model on the Hugging Face Hub"
+        raise CheckpointError(f"{path} is not there\n  Try  {hint}")
     if (path / NAME).is_file():
         return open_checkpoint(path)
     if is_hugging_face(path):
@@ -75,6 +79,12 @@ def open_source(path: Path) -> Source:
     if RunDirectory(path).checkpoints.is_dir():
         return open_checkpoint(newest_checkpoint(path))
     raise CheckpointError(f"{path} cannot be used\n  {_EXPECTED}")
+
+
+def _may_be_on_hub(path: Path) -> bool:
+    """Whether a path that is not there reads like the name of a model, and not like one of a folder here."""
+    is_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path)) is not None
+    return is_name and path.parts[0] != "runs" and not path.parent.exists()
 
 
 def newest_checkpoint(run: Path) -> Path:

@@ -1,7 +1,8 @@
 """Freezing: what makes a composed config the config of a run directory.
 
 A directory that already holds a run is resumed, but only by a config that continues it. What decides the weights or
-the data must be the same; anything else may change and is listed.
+the data must be the same; anything else may change and is listed. Where no step was trained and nothing was saved there
+is nothing to continue, and any config takes the place.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from titan.errors import ConfigError, Problem
 from titan.launch.jobs import live_job
 from titan.launch.lock import RunLock, check_not_in_use
 from titan.log import logger
-from titan.run_directory import RunDirectory, write_atomically
+from titan.run_directory import RunDirectory, short_path, write_atomically
 
 SET_ASIDE = "aside"
 """What the names of checkpoints begin with that a run has gone back behind."""
+
+_SHOWN = 5
+"""Settings that a message lists."""
 
 
 class Frozen(Enum):
@@ -42,13 +46,13 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
             it that has not ended.
     """
     try:
-        goes_back = False
-        if directory.config.exists():
+        goes_back, has_config = False, directory.config.exists()
+        if has_config:
             found, goes_back = _continue_run(config, directory)
         else:
             found = _begin_run(config, directory)
         if found is not Frozen.complete:
-            _write(config, directory, overrides, goes_back)
+            _write(config, directory, overrides, goes_back, is_replacing=has_config and found is Frozen.new)
     except OSError as error:
         raise ConfigError(
             [
@@ -62,10 +66,21 @@ def freeze(config: TitanConfig, directory: RunDirectory, overrides: list[str]) -
     return found
 
 
-def _write(config: TitanConfig, directory: RunDirectory, overrides: list[str], goes_back: bool) -> None:
+def _write(
+    config: TitanConfig, directory: RunDirectory, overrides: list[str], goes_back: bool, is_replacing: bool
+) -> None:
     lock = RunLock(directory)
     lock.acquire()  # or a run that is just starting would find its files changed
     try:
+        if is_replacing and _holds_anything(directory):  # while the lock was waited for
+            raise ConfigError(
+                [
+                    Problem(
+                        f"run.dir = {directory.path} has been trained in by another command just now",
+                        suggestion="the same command again, or  run.dir=ANOTHER   for a new run",
+                    )
+                ]
+            )
         if goes_back:
             _go_back(config.checkpoint.load_step, directory)
         save_config(config, directory.config)
@@ -101,8 +116,8 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> tuple[Frozen,
             [Problem(problem.what, problem.why, "run.dir=ANOTHER   for a new run") for problem in error.problems]
         ) from error
     changes = changed_keys(before, config)
-    refused = refused_keys(changes)
-    if refused:
+    is_blank = not _holds_anything(directory)
+    if (refused := refused_keys(changes)) and not is_blank:
         raise ConfigError([_refuse(group, refused, changes, directory) for group in _groups(refused)])
     # a command that is typed, or started, again has gone back already
     goes_back = "checkpoint.load_step" in changes and config.checkpoint.load_step >= 0
@@ -130,9 +145,45 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> tuple[Frozen,
             ]
         )
     check_not_in_use(directory)
+    if is_blank and changes:
+        logger.info(f"nothing was trained in {short_path(directory.path)} yet: it begins with the new settings")
+        return Frozen.new, False
     for key, (old, new) in changes.items():
         logger.info(f"resuming with {key} = {new} (was {old})")
     return Frozen.continued, goes_back
+
+
+def already_complete(config: TitanConfig, directory: RunDirectory) -> str:
+    """Say that there is nothing to do, and which of the settings that were asked for the run does not have."""
+    done, asked = directory.read_status()["step"], config.training.steps
+    steps = f"step {done}" if asked == done else f"{done} steps, {asked} asked for"
+    text = f"{directory.path}: this run is complete ({steps}); nothing to do"
+    changes = changed_keys(load_config(directory.config), config)
+    changes.pop("training.steps", None)
+    if not changes:
+        return text
+    shown = [f"{override(key, new)} (it had {_value(key, old)})" for key, (old, new) in changes.items()]
+    listed = ", ".join(shown[:_SHOWN]) + (f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else "")
+    verb = "changes" if len(shown) == 1 else "change"
+    return f"{text}\n  {listed} {verb} nothing in it; for a new run  run.dir=ANOTHER"
+
+
+def _value(key: str, value: object) -> str:
+    return override(key, value).removeprefix(f"{key}=")
+
+
+def _holds_anything(directory: RunDirectory) -> bool:
+    """Whether a step was trained in a directory, or left out, or anything was saved: the weights of step 0 count too.
+
+    What failed attempts leave besides (status, events, logs, an identity that no checkpoint bears) commits to nothing.
+    """
+    saved = directory.checkpoints.iterdir() if directory.checkpoints.is_dir() else ()
+    rows = (directory.rows, directory.metrics, directory.ledger)
+    return (
+        any(not entry.name.endswith(".tmp") for entry in saved)
+        or any(file.exists() and file.stat().st_size for file in rows)
+        or bool(directory.read_status().get("step") or directory.read_events("save"))
+    )
 
 
 def _go_back(step: int, directory: RunDirectory) -> None:

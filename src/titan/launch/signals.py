@@ -32,6 +32,10 @@ from titan.errors import INTERRUPTED, Stopped
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)
 """What schedulers send before a job's end."""
 
+LAUNCHER_TOLD: signal.Signals = getattr(signal, "SIGRTMIN", signal.SIGXCPU)  # macOS has none
+"""What titan's own launcher sends its ranks after a SIGTERM: from it, SIGTERM itself says that a rank has failed."""
+_HELD = (*WARNINGS, LAUNCHER_TOLD)
+
 FIRST_INTERRUPT = "\nstopping after this step; Ctrl-C again ends at once"
 
 _END = b"\0"
@@ -47,9 +51,9 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 def hold_warnings() -> None:
     """Block the warnings in this process and in all that it will start; at the very start, before any thread."""
-    for number in WARNINGS:
+    for number in _HELD:
         signal.signal(number, _note)  # a thread that is there already does not block it
-    signal.pthread_sigmask(signal.SIG_BLOCK, WARNINGS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HELD)
 
 
 def hold_interrupt(is_held: bool) -> None:
@@ -58,18 +62,16 @@ def hold_interrupt(is_held: bool) -> None:
 
 
 def warning() -> int:
-    """Return the signal that has told this process to stop, or 0."""
-    pending = signal.sigpending()
-    return next(
-        (int(number) for number in (*WARNINGS, signal.SIGTERM, signal.SIGINT) if number in _noted or number in pending),
-        0,
-    )
+    """Return the signal that has told this process, or its launcher, to stop, or 0."""
+    told = _noted | signal.sigpending()
+    first = next((number for number in (*_HELD, signal.SIGTERM, signal.SIGINT) if number in told), 0)
+    return int(signal.SIGTERM if first == LAUNCHER_TOLD else first)
 
 
 def forget() -> None:
     """Take the warnings received so far as answered."""
     _noted.clear()
-    for number in WARNINGS:
+    for number in _HELD:
         while number in signal.sigpending():
             signal.sigwait({number})
 
@@ -204,8 +206,8 @@ class Forwarder:
             self.told = self.told or (signal.SIGTERM if self._term.is_set() else warning())
             if not self.told:
                 continue
-            # a terminal has told the ranks itself; one signal more is the same to them
-            tell_ranks(signal.SIGINT if self.told == signal.SIGINT else signal.SIGUSR1, ranks)
+            # where a terminal or SLURM has told the ranks itself, one signal more is the same to them
+            tell_ranks(LAUNCHER_TOLD if self.told == signal.SIGTERM else signal.Signals(self.told), ranks)
             waited += _POLL_SECONDS
             if waited > self.grace_seconds:
                 os.kill(os.getpid(), signal.SIGQUIT)

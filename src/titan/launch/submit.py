@@ -17,7 +17,7 @@ from titan.config.load import load_config
 from titan.config.schema import ClusterKind, TitanConfig
 from titan.errors import INTERRUPTED, ConfigError, Problem
 from titan.launch import slurm
-from titan.launch.dispatch import Frozen, changed_keys, freeze
+from titan.launch.dispatch import Frozen, already_complete, changed_keys, freeze
 from titan.launch.jobs import SlurmJob, live_job, watch
 from titan.log import logger
 from titan.run_directory import RunDirectory, short_path
@@ -84,7 +84,7 @@ def submit_points(points: list[Point], is_sweep: bool = True) -> list[Outcome]:
             raise
     for point, each in zip(points, found, strict=True):
         if each is Frozen.complete:
-            logger.info(already_complete(point))
+            logger.info(already_complete(point.config, point.directory))
         elif isinstance(each, str):
             logger.info(f"{short_path(point.directory.path)}: job {each} has it already, and has not ended")
     if jobs:
@@ -135,11 +135,6 @@ def wait_for(jobs: list[SlurmJob]) -> list[int]:
                 where = f"\n  log: {short_path(job.directory.log(rank, status.get('attempt', 0)))}"
             print(f"\njob {job.id} ended with exit code {code}: {status['why']}{where}", file=sys.stderr)
     return codes
-
-
-def already_complete(point: Point) -> str:
-    """Say that there is nothing to do."""
-    return f"{point.directory.path}: this run is complete (step {point.config.training.steps}); nothing to do"
 
 
 @contextlib.contextmanager
