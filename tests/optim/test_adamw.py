@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the compiler's own: it look
 
 CPU = torch.device("cpu")
 STEPS = 8
-SHAPES = {"a.weight": (7, 5), "b.weight": (3, 40), "norm.weight": (5,), "six.weight": (6,)}
-"""One of them has as many numbers as an update has arguments."""
+SHAPES = {"a.weight": (7, 5), "b.weight": (3, 40), "norm.weight": (5,), "eight.weight": (8,)}
+"""One of them has as many numbers as an update is told, see `titan.optim.adamw`."""
 
 
 @pytest.fixture(autouse=True)
