@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,16 @@ def test_a_cpu_with_bfloat16_is_known_by_its_flags(
     file.write_text(f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n")
     assert has_bfloat16(file) is expected
     assert has_bfloat16(tmp_path / "nowhere") is False
+
+
+def test_a_rank_may_open_all_the_files_that_it_may() -> None:
+    """A rank has a socket to every other one in each group over gloo: what a process begins with is for a few."""
+    lower = "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 200))"
+    code = f"import resource, titan.worker; {lower}; titan.worker.allow_open_files(); print({{}})"
+    done = subprocess.run(
+        [sys.executable, "-c", code.format("resource.getrlimit(resource.RLIMIT_NOFILE)")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "(200, 200)"

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +19,15 @@ from titan.checkpoint.canonical import state_digests
 from titan.checkpoint.files import TensorInfo, read_metadata, tensor_infos
 from titan.checkpoint.manifest import Manifest, committed_steps, step_folder
 from titan.checkpoint.state import MODEL, OPTIMIZER
+from titan.config.schema import FaultToleranceConfig
 from titan.errors import CheckpointError, ConfigError, Stopped, StorageError
 from titan.launch.dispatch import Frozen, freeze
 from titan.models.llama import LLAMA
 from titan.run_directory import RunDirectory
-from titan.trainer import saving
+from titan.trainer import loop, saving
 from titan.trainer.build import Trainer
+from titan.trainer.loop import fit
+from titan.trainer.watchdog import Watchdog
 
 from .conftest import Runs
 
@@ -360,6 +364,26 @@ def test_the_end_of_a_run_waits_for_space(runs: Runs, monkeypatch: pytest.Monkey
     fill_disk(monkeypatch, [True, True, True, False])
     trainer = runs.train("run", "checkpoint.interval=100", "checkpoint.retry_seconds=0.01")
     assert steps_of(trainer) == [6]
+
+
+def test_waiting_for_space_takes_no_time_of_a_step(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait may be longer than a step, or a save, may take: second by second the watchdog is told."""
+    fill_disk(monkeypatch, [True, False])
+    begun: list[str] = []
+
+    class Noting(Watchdog):
+        def _begin(self, what: str, key: str, limit_seconds: float) -> None:
+            super()._begin(what, key, limit_seconds)
+            begun.append(key)
+
+    at: list[tuple[str, int]] = []
+    clock = SimpleNamespace(sleep=lambda seconds: at.append((begun[-1], len(begun))), perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", clock)
+    trainer = runs.build(runs.config("run", "checkpoint.interval=100", "checkpoint.retry_seconds=4"))
+    settings = FaultToleranceConfig(step_timeout_seconds=0)
+    fit(trainer, Noting(settings, trainer.directory, 0, 1, 0, report=lambda hung: None))
+    assert [key for key, _ in at] == ["save_timeout_seconds"] * 4
+    assert len({number for _, number in at}) == 4, "each second begins anew"
 
 
 def test_a_stop_that_cannot_be_saved_says_where_it_goes_on(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
