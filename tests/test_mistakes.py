@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 import shutil
 from pathlib import Path
 
@@ -703,6 +704,21 @@ def test_a_run_is_not_continued_by_another(
         assert word in finished.err
     assert files_below(run_directory) == before
     assert (run_directory / "config.yaml").read_text() == config
+
+
+def test_a_run_that_is_not_continued_says_how_it_was_started(
+    titan: Command, run_directory: Path, text_file: Path
+) -> None:
+    """What was typed can be pasted, so that nobody has to remember all of it to go on; where it is known."""
+    finished = titan("run.dir=run")
+    assert finished.code == 2
+    (line,) = (line for line in finished.err.splitlines() if "It was started with: " in line)
+    typed = shlex.split(line.partition("with: ")[2])
+    again = titan(*(each for each in typed if not each.startswith("run.dir=")), "run.dir=run")
+    assert again.code == 0
+    assert "this run is complete" in again.text
+    (run_directory / "overrides.yaml").unlink()
+    assert "It was started with" not in titan("run.dir=run").err
 
 
 def test_a_run_directory_with_an_unreadable_config_is_left_alone(titan: Command, run_directory: Path) -> None:

@@ -7,7 +7,11 @@ is nothing to continue, and any config takes the place.
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from enum import Enum
+
+import yaml
 
 from titan.checkpoint.manifest import committed_steps, rename_aside, step_folder
 from titan.config.continuation import changed_keys, refused_keys
@@ -118,7 +122,10 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> tuple[Frozen,
     changes = changed_keys(before, config)
     is_blank = not _holds_anything(directory)
     if (refused := refused_keys(changes)) and not is_blank:
-        raise ConfigError([_refuse(group, refused, changes, directory) for group in _groups(refused)])
+        problems = [_refuse(group, refused, changes, directory) for group in _groups(refused)]
+        if typed := _what_was_typed(directory):
+            problems[-1] = replace(problems[-1], why=f"{problems[-1].why}\nIt was started with: {typed}")
+        raise ConfigError(problems)
     # a command that is typed, or started, again has gone back already
     goes_back = "checkpoint.load_step" in changes and config.checkpoint.load_step >= 0
     if directory.is_complete(config.training.steps) and not goes_back:
@@ -222,6 +229,15 @@ def _refuse(
         "\n".join(lines),
         " ".join(override(key, changes[key][0]) for key in keys) + "   or  run.dir=ANOTHER   for a new run",
     )
+
+
+def _what_was_typed(directory: RunDirectory) -> str:
+    """Return the overrides that the run was last started with, to be pasted; nothing where that is not known."""
+    try:
+        typed = yaml.safe_load(directory.overrides.read_text())
+    except (OSError, yaml.YAMLError):
+        return ""
+    return shlex.join(map(str, typed)) if isinstance(typed, list) else ""
 
 
 def _groups(keys: list[str]) -> list[str]:
