@@ -17,10 +17,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, SearchPathException
-from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from titan.config.keys import find_key, is_known, schema_keys, table_of, unknown_key, wrong_value
+from titan.config.keys import find_key, is_known, schema_keys, table_of, takes, unknown_key, wrong_value
 from titan.errors import ConfigError, Problem
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -140,9 +139,7 @@ def _check_value(key: str, value: Any) -> Iterator[Problem]:
     if known.is_node and key not in schema_keys():
         yield wrong_value(known, value)
         return
-    try:
-        OmegaConf.update(OmegaConf.structured(known.parent), key.rpartition(".")[2], value)
-    except OmegaConfBaseException:
+    if not takes(known, value):
         yield wrong_value(known, value)
 
 

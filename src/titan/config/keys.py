@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from titan.config.schema import TitanConfig
 from titan.errors import Problem
 
@@ -110,6 +113,22 @@ def unknown_key(key: str, value: str = "...") -> Problem:
         f"Nearest: {', '.join(near[:3])}" if near else "",
         f"{near[0]}={value}" if near else "--help   for all keys",
     )
+
+
+def takes(key: Key, value: object) -> bool:
+    """Return whether a value is of the type that a key takes."""
+    if key.type is bool and is_no_switch(value):
+        return False
+    try:
+        OmegaConf.update(OmegaConf.structured(key.parent), key.name.rpartition(".")[2], value)
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def is_no_switch(value: object) -> bool:
+    """Whether a value is a number that says neither true nor false; OmegaConf takes all but 0 for true."""
+    return isinstance(value, int | float) and value not in (0, 1)
 
 
 def wrong_value(key: Key, value: object) -> Problem:
