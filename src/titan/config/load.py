@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import gc
+import os
 import threading
 import typing
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.explain import COMPOSITION_ERRORS, Groups, explain_mistakes, gist
+from titan.config.explain import COMPOSITION_ERRORS, Groups, check_switches, explain_mistakes, gist
 from titan.config.keys import find_key, flatten, is_known, is_no_switch, schema_keys, takes, unknown_key, wrong_value
 from titan.config.schema import ModelConfig, TitanConfig, TokenizerConfig
 from titan.errors import ConfigError, Problem, TitanError
@@ -111,7 +112,9 @@ def compose(
         ConfigError: If an override names an unknown group, option or key, or a value of the wrong type.
     """
     try:
-        return to_typed(compose_untyped(overrides, config_dir, config_name))
+        config = to_typed(compose_untyped(overrides, config_dir, config_name))
+        check_switches(overrides)
+        return config
     except TitanError:
         raise
     except Exception as error:
@@ -186,7 +189,22 @@ def explain_composition(
 
     if config_dir is not None and not Path(config_dir).is_dir():
         return [Problem(f"--config-dir {config_dir} is not a folder", suggestion="--config-dir /path/to/a/folder")]
-    return explain_mistakes(error, overrides, option_groups(overrides, config_dir), recompose, is_sweep)
+    groups = option_groups(overrides, config_dir)
+    problems = explain_mistakes(error, overrides, groups, recompose, is_sweep)
+    if config_dir is not None:
+        problems += _explain_depth(config_dir, groups)
+    return problems
+
+
+def _explain_depth(config_dir: str, groups: Groups) -> Iterator[Problem]:
+    """Say that a folder is itself a group, where it looks like one: the groups are the folders in --config-dir."""
+    folder = Path(config_dir).resolve()
+    if folder.name in groups and not any(each.is_dir() for each in folder.iterdir()):
+        yield Problem(
+            f"--config-dir {config_dir} is a folder of options for {folder.name}, and not one of groups",
+            f"It is the folder that has {folder.name}/ in it.",
+            f"--config-dir {os.path.normpath(os.path.join(config_dir, '..'))}",
+        )
 
 
 def option_groups(overrides: Sequence[str] = (), config_dir: str | None = None) -> Groups:
