@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -11,6 +12,12 @@ import pytest
 
 from .conftest import Command
 from .support.command import TINY, files_below
+
+WEIGHTS = {
+    **{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8},
+    **{"num_key_value_heads": 4, "intermediate_size": 96, "vocab_size": 300},
+}
+"""What config.json says of weights."""
 
 PATHS = ("documents", "folder_without_files", "folder_of_empty_files", "mine")
 
@@ -24,6 +31,14 @@ def here(here: Path) -> Path:
         (here / name).write_text("hello\n" if name.startswith("documents") else "")
     (here / "compressed").mkdir()
     (here / "compressed" / "a.jsonl.bz2").write_bytes(b"BZh9")
+    (here / "records.jsonl").write_text('{"id": "a", "content": "a longer text"}\n')
+    (here / "records.parquet").write_bytes(b"PAR1")
+    (here / "weights").mkdir()
+    (here / "weights" / "model.safetensors").write_bytes(b"")
+    (here / "weights" / "config.json").write_text(json.dumps(WEIGHTS))
+    (here / "step_00000004").mkdir()
+    (here / "step_00000004" / ".metadata").write_bytes(b"")
+    (here / "step_00000004" / "config.yaml").write_text("model: {n_heads: 16, n_layers: 6, tie_embeddings: false}\n")
     (here / "garbled.model").write_text("these are words and no ranks\n")
     (here / "empty.model").write_text("")
     ranks = [f"{base64.b64encode(bytes([value])).decode()} {value}\n" for value in range(256)]
@@ -39,6 +54,9 @@ def here(here: Path) -> Path:
         "model/no_number.yaml": "defaults: [llama3_debug, _self_]\ndim: big\n",
         "model/orphan.yaml": "defaults: [llama3_debugg, _self_]\n",
         "model/half.yaml": "name: half\ndim: 64\n",
+        "model/nameless.yaml": "n_layers: 3\n",
+        "experiment/nested.yaml": "training:\n  steps: 4\n",
+        "experiment/nested_choice.yaml": "defaults:\n  - override /model: llama3_8b\n",
         "experiment/misspelt.yaml": "# @package _global_\ntraining:\n  stepps: 4\n",
         "experiment/no_model.yaml": "# @package _global_\ndefaults:\n  - override /model: llama3_debugg\n",
     }.items():
@@ -59,6 +77,12 @@ MISTAKES = {
     "a cluster that this version lacks": ("cluster=kubernetes", "not an option of the group cluster", "local"),
     "an unknown group": ("modle=llama3_8b", "modle is not a config group", "Groups: ", "Try  model=llama3_8b"),
     "an unknown group and option": ("modle=llama3_8bb", "modle is not a config group", "Try  model=llama3_8b"),
+    "an unknown group and an option like no other": (
+        "modle=x",
+        "Of the group model there are: llama2_13b",
+        "Try  model=...   with one of these",
+    ),
+    "another optimizer": ("optimizer=sgd", "There are: adamw", "examples/own_loop.py"),
     "a group that is a path": ("training/default=3", "training/default is not a config group", "Try  training=default"),
     "a group added twice": ("+model=llama3_8b", "+model=llama3_8b adds what is there", "Try  model=llama3_8b"),
     "a group taken away": ("~model", "~model leaves the group model out", "There are: llama2_13b"),
@@ -101,7 +125,10 @@ MISTAKES = {
     "a fraction for a whole number": ("training.steps=1.5", "training.steps = 1.5 is not a whole number"),
     "a power of ten for a whole number": ("training.steps=1e3", "is not a whole number", "Try  training.steps=1000"),
     "nothing for a whole number": ("training.steps=null", "training.steps = null", "training.steps=10"),
-    "text for a number": ("optimizer.lr=fast", "optimizer.lr = fast is not a number", "Try  optimizer.lr=0.1"),
+    "text for a number": ("optimizer.lr=fast", "optimizer.lr = fast is not a number", "Try  optimizer.lr=3e-4"),
+    "text for a number with a default": ("parallelism.tp=two", "is not a whole number", "Try  parallelism.tp=1\n"),
+    "a list for a number": ("optimizer.betas=[0.9]", "optimizer.betas is not a key", "Try  optimizer.beta2=0.95"),
+    "a number for a switch": ("training.deterministic=2", "training.deterministic = 2 is not true or false"),
     "text for a switch": ("training.deterministic=maybe", "is not true or false", "training.deterministic=true"),
     "a format that is not supported": (
         "training.param_dtype=float16",
@@ -114,7 +141,7 @@ MISTAKES = {
     "several values without a sweep": ("training.seed=1,2", "several values", "Try  --multirun training.seed=1,2"),
     "several values for a list": ("float8.filter_fqns=a,b", "several values", "float8.filter_fqns=[a,b]"),
     "several values for text": ("model.name=a,b", "several values", "'model.name=\"a,b\"'"),
-    "infinity": ("optimizer.lr=inf", "optimizer.lr = inf is not a finite number"),
+    "infinity": ("optimizer.lr=inf", "optimizer.lr = inf is not a finite number", "Try  optimizer.lr=3e-4"),
     "not a number": ("optimizer.beta1=nan", "optimizer.beta1 = nan is not a finite number"),
     # the syntax
     "no value": ("training.steps", "training.steps cannot be read as an override", "Try  training.steps=..."),
@@ -157,6 +184,26 @@ MISTAKES = {
         "--config-dir mine experiment=misspelt",
         "training.stepps is not a key of titan's config   (in experiment/misspelt.yaml)",
         "training.steps",
+    ),
+    "a file that builds on none": (
+        "--config-dir mine model=nameless",
+        "model.name is not set   (in model/nameless.yaml)",
+        "Try  defaults: [",
+        "_self_]   as the first line of model/nameless.yaml",
+    ),
+    "a group for the folder of groups": (
+        "--config-dir mine/model model=half",
+        "--config-dir mine/model is a folder of options for model, and not one of groups",
+        "Try  --config-dir mine\n",
+    ),
+    "an experiment of another package": (
+        "--config-dir mine experiment=nested",
+        "experiment/nested.yaml sets keys of the whole config, but does not say so",
+        "Try  # @package _global_   as the first line of experiment/nested.yaml",
+    ),
+    "an experiment of another package with a choice": (
+        "--config-dir mine experiment=nested_choice",
+        "Try  # @package _global_   as the first line of experiment/nested_choice.yaml",
     ),
     "an experiment with an unknown model": (
         "--config-dir mine experiment=no_model",
@@ -322,6 +369,15 @@ MISTAKES = {
         "model.family = gpt is no model family",
         "Try  model.family=llama",
     ),
+    "a family of a module that is not there": (
+        "model.family=my_gptt:MINE",
+        "model.family = my_gptt:MINE, but there is no module my_gptt",
+        "on PYTHONPATH",
+    ),
+    "a family of a package without the module": (
+        "model.family=titan.models.nope:MINE",
+        "there is no module titan.models.nope",
+    ),
     "no process": ("cluster.devices_per_node=0", "is not positive", "Try  cluster.devices_per_node=1"),
     # the model
     "heads that do not divide the width": ("model.n_heads=7", "Allowed here: 1, 2, 4", "Try  model.n_heads=8"),
@@ -454,6 +510,16 @@ MISTAKES = {
     "float8 on a CPU": ("float8=rowwise", "needs a GPU with float8", "Try  float8=none   or  float8.emulate=true"),
     # files
     "weights that are not there": ("checkpoint.initial_load=nope", "nope is not a folder", "checkpoints/step_"),
+    "weights of another shape": (
+        "checkpoint.initial_load=weights model.n_layers=3",
+        "model.n_layers = 3, and it was saved with 2",
+        "Try  model.dim=64 model.n_layers=2 model.n_heads=8 model.n_kv_heads=4 model.ffn_dim=96 model.vocab_size=300",
+    ),
+    "a checkpoint of another shape": (
+        "checkpoint.initial_load=step_00000004 model.n_heads=8",
+        "model.n_heads = 8, and it was saved with 16",
+        "Try  model.n_heads=16",
+    ),
     "a step without checkpoints": ("checkpoint=disabled checkpoint.load_step=4", "resumes nothing", "checkpoint=async"),
     "no data path": ("data=text", "data.path is not set, but data=text needs it", "Try  data.path="),
     "an empty data path": ("data=jsonl data.path=", "data.path is not set, but data=jsonl needs it", "*.jsonl"),
@@ -477,6 +543,27 @@ MISTAKES = {
         "data=jsonl data.path=compressed validation=text validation.data.path=documents",
         "compressed/a.jsonl.bz2 is in a compression that is not read",
         "Try  bunzip2 ",
+    ),
+    "files of another kind": (
+        "data=parquet data.path=records.jsonl",
+        "holds jsonl by its name, but data=parquet reads none",
+        "Try  data=jsonl",
+    ),
+    "held-out files of another kind": (
+        "validation=jsonl validation.data.path=records.parquet",
+        "holds parquet by its name",
+        "Try  validation=parquet",
+    ),
+    "a field that the records have not": (
+        "data=jsonl data.path=records.jsonl",
+        "data.text_field = text, but the first record of",
+        "It has: id, content",
+        "Try  data.text_field=content",
+    ),
+    "messages that the records have not": (
+        "data=jsonl data.format=chat data.path=records.jsonl",
+        "data.messages_field = messages, but the first record of",
+        "Try  data.messages_field=...",
     ),
     "empty files": ("data=text data.path=folder_of_empty_files", "2 files, all of them empty", "data=python_stdlib"),
     "a path that is not read": (

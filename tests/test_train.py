@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from titan.config.load import parse_config
+from titan.config.load import compose, parse_config
 from titan.run_directory import RunDirectory
+from titan.version import __version__
+from titan.worker import describe_long_warmup
 
 from .conftest import Command
 from .support.command import TINY, clean_environment, finish, json_lines, kill_all, start, wait_until
@@ -232,3 +234,36 @@ def test_ctrl_c_stops_a_whole_sweep(here: Path, cache: Path, text_file: Path) ->
     assert "Traceback" not in finished.text
     assert "and it is saved" in finished.text
     assert not (here / "sweep" / "1").exists()
+
+
+def test_the_version_is_titans(titan: Command) -> None:
+    """--version does not speak of Hydra."""
+    shown = titan("--version")
+    assert (shown.code, shown.out) == (0, f"titan {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["compile=inductor", "compile.backend=aot_eagre"], "Try  compile.backend=aot_eager"),
+        (["model.family=titan.models.llama:NOPE"], "Try  model.family=titan.models.llama:LLAMA"),
+    ],
+    ids=["a backend", "a family"],
+)
+def test_what_only_a_rank_can_know_is_told_before_the_data(
+    titan_process: Command, text_file: Path, typed: list[str], words: str
+) -> None:
+    """A rank that refuses a name does so in a sentence, as the front end would, and has tokenised nothing."""
+    finished = titan_process(*TINY, f"data.path={text_file}", "run.dir=run", *typed, XDG_CACHE_HOME="its_cache")
+    assert finished.code == 2
+    assert "Traceback" not in finished.text
+    assert words in finished.text
+    assert not Path("its_cache", "titan").exists()
+
+
+def test_a_warm_up_longer_than_the_run_is_noted() -> None:
+    """The run goes on; with as many steps as the warm-up has, the last one is at the peak."""
+    config = compose(["training.steps=20"])
+    assert describe_long_warmup(config) == ""
+    config.training.steps = 19
+    assert "lr_scheduler.warmup_steps = 20 exceeds training.steps = 19" in describe_long_warmup(config)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -45,10 +46,24 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> TitanConfi
 
     Raises:
         ConfigError: If an override names an unknown group, option or key, or a value of the wrong type.
+        TypeError: If an override is no text, a list for instance.
     """
     from titan.config.load import compose as load
+    from titan.errors import ConfigError
 
-    return load(overrides, None if config_dir is None else str(config_dir))
+    for each in overrides:
+        if not isinstance(each, str):
+            kind = type(each).__name__
+            raise TypeError(f"titan.compose takes each override as a text, not {kind}: titan.compose(*overrides)")
+    try:
+        return load(overrides, None if config_dir is None else str(config_dir))
+    except ConfigError as error:
+        raise ConfigError(
+            replace(problem, suggestion="titan.launch(titan.compose(...))   for each of them")
+            if problem.suggestion.startswith("--multirun")
+            else problem
+            for problem in error.problems
+        ) from error
 
 
 def show(config: TitanConfig | Run | str | Path) -> Tree:

@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from titan.api.start import run_frozen
 from titan.config.check import check_config
+from titan.config.explain import check_switches
 from titan.config.load import (
     COMPOSITION_ERRORS,
     CONFIG_NAME,
@@ -48,6 +49,7 @@ from titan.launch.environment import adopt_slurm_step, current_machine, current_
 from titan.launch.submit import Outcome, Point, submit_points
 from titan.log import logger, silence, start_logging
 from titan.run_directory import RunDirectory, short_path
+from titan.version import __version__
 
 _TOLD_TO_STOP = (INTERRUPTED, TERMINATED, Stopped.exit_code)
 _SPEAKER_SECONDS = 5.0
@@ -83,7 +85,11 @@ def main() -> None:
 
 def parse_arguments() -> Namespace:
     """Return the command line; flags may stand anywhere, which Hydra alone allows at its ends only."""
-    arguments = get_args_parser().parse_intermixed_args()
+    parser = get_args_parser()
+    for action in parser._actions:
+        if "--version" in action.option_strings:
+            action.version = f"titan {__version__}"  # type: ignore[attr-defined]  # and not Hydra's
+    arguments = parser.parse_intermixed_args()
     flags = [word for word in sys.argv[1:] if word not in arguments.overrides]
     sys.argv[1:] = arguments.overrides + flags  # in this order: --info would take an override for its value
     return arguments
@@ -233,6 +239,7 @@ def read_point(composed: DictConfig, arguments: Namespace) -> Point:
         config = to_typed(composed)
     except (ConfigError, *COMPOSITION_ERRORS) as error:
         raise ConfigError(_explain(error, overrides, arguments)) from error
+    check_switches(overrides)
     if settings.mode is RunMode.MULTIRUN:
         config = replace(config, run=replace(config.run, dir=settings.runtime.output_dir))
     config = check_config(config, current_machine())

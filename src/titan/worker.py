@@ -325,6 +325,8 @@ def train(
         trainer = build_trainer(config, device, data, held_out)
         gc.enable()  # paused since the process began
         logger.info(f"{'watchdog':<10} {describe_limits(config)}")
+        if line := describe_long_warmup(config):
+            logger.info(line)
         resume(trainer)
         if trainer.state.step and rank.rank == 0:
             directory.append_event("resume", step=trainer.state.step)
@@ -345,6 +347,17 @@ def train(
     return loss
 
 
+def describe_long_warmup(config: TitanConfig) -> str:
+    """Say that a run ends before its learning rate is at its peak; nothing where it does not."""
+    warmup, steps = config.lr_scheduler.warmup_steps, config.training.steps
+    if warmup <= steps:
+        return ""
+    return (
+        f"{'schedule':<10} the peak learning rate is never reached: lr_scheduler.warmup_steps = {warmup} exceeds "
+        f"training.steps = {steps}"
+    )
+
+
 def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> tuple[torch.device, Rows | StreamedText]:
     """Make this rank's device and data ready and start the default process group.
 
@@ -355,6 +368,8 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     """
     import torch.distributed as dist
 
+    from titan.models.family import load_family
+    from titan.parallel.compile import check_backend
     from titan.parallel.float8 import check_float8_units
     from titan.trainer.build import load_data
     from titan.trainer.device import make_deterministic, select_device
@@ -362,7 +377,10 @@ def join_ranks(config: TitanConfig, rank: Rank, store: Store | None = None) -> t
     if config.training.deterministic:
         make_deterministic()
     device = select_device(config.cluster.device, rank.local_rank, threads_per_rank(rank.local_world_size))
-    check_float8_units(config.float8, device)  # before the data, which may take long
+    # before the data, which may take long
+    check_float8_units(config.float8, device)
+    check_backend(config.compile)
+    load_family(config.model.family)
     data = load_data(config, is_writer=rank.local_rank == 0)
     backend = "nccl" if config.cluster.device is Device.cuda else "gloo"
     if device.type == "cuda" and config.parallelism.cpu_offload:

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from titan.config.schema import CompileConfig
+from titan.errors import ConfigError
+from titan.parallel.compile import check_backend
+
 from .layouts import record_layout
 from .matrix import mesh
 from .pool import RankPool
@@ -48,3 +52,17 @@ def test_all_blocks_share_one_graph(
     assert pools(2).run(count_graphs, 2, overrides, packed_file) == [first, 3]
     if layout == mesh(dp_shard=2):
         assert pools(2).run(count_graphs, 2, (*overrides, "compile.loss=false"), packed_file) == [2, 2]
+
+
+def test_a_backend_that_is_none_is_told_by_name() -> None:
+    """Any backend that PyTorch knows is taken, a package's own included; of others the error names those there are."""
+    import torch._dynamo
+
+    for name in ("inductor", "aot_eager", "eager"):
+        check_backend(CompileConfig(enable=True, backend=name))
+    mine = CompileConfig(enable=True, backend="eagre_of_mine")
+    with pytest.raises(ConfigError, match=r"eagre_of_mine is no backend(.|\n)*aot_eager"):
+        check_backend(mine)
+    check_backend(CompileConfig(enable=False, backend="eagre_of_mine"))
+    torch._dynamo.register_backend(lambda graph, inputs: graph.forward, name="eagre_of_mine")
+    check_backend(mine)

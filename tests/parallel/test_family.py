@@ -72,3 +72,9 @@ def test_what_is_no_family_is_refused(name: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as caught:
         load_family(name)
     assert "model.family=llama" in str(caught.value)
+
+
+def test_the_families_of_the_module_are_named() -> None:
+    """Where the module is there and has families, they are what to type."""
+    with pytest.raises(ConfigError, match=r"Try  model\.family=titan\.models\.llama:LLAMA   or  model\.family=llama"):
+        load_family("titan.models.llama:NOPE")

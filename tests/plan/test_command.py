@@ -103,7 +103,7 @@ def test_flags_change_the_device(run: Run) -> None:
         (("parallelism.tp=3",), "cluster.devices_per_node=3"),
         (("paralelism.tp=3",), "parallelism.tp"),
         (("--device", "h100", "cluster.device=cpu"), "--device cpu"),
-        (("model.family=a.b:C",), "cluster=simulated"),
+        (("model.family=titan.models.llama:LLAMA",), "cluster=simulated"),
         (("published", "x"), "python -m titan.plan published"),
     ],
 )

@@ -6,6 +6,7 @@ import errno
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,7 +185,7 @@ def test_what_is_excluded_stays_as_it_was(runs: Runs) -> None:
     assert every.state.step == 4
     assert not every.optimizer.state
     # what is left out does not hide what does not fit besides
-    with pytest.raises(CheckpointError, match=r"model\.n_layers = 1, and it was saved with 2"):
+    with pytest.raises(ConfigError, match=r"model\.n_layers = 1, and it was saved with 2"):
         runs.build(runs.config("fewer", *common, "model.n_layers=1", "checkpoint.exclude=[model.output.*]"))
     # other words, other output: what does not fit can be left out
     shape = ("model.vocab_size=300", "checkpoint.exclude=[model.output.*,model.tok_embeddings.*]")
@@ -200,11 +201,15 @@ def test_what_is_excluded_stays_as_it_was(runs: Runs) -> None:
     ],
 )
 def test_weights_of_another_shape_are_refused(runs: Runs, shape: str, words: str) -> None:
-    """By the name of what differs, also where all tensors would fit."""
+    """By the name of what differs, also where all tensors would fit: by the front end, and by the ranks themselves."""
     first = runs.train("first", "training.steps=2")
     path = step_folder(first.directory.checkpoints, 2)
+    with pytest.raises(ConfigError) as told:
+        runs.config("second", f"checkpoint.initial_load={path}", shape)
+    assert words in str(told.value)
+    unchecked = runs.config("second", shape)
     with pytest.raises(CheckpointError) as caught:
-        runs.build(runs.config("second", f"checkpoint.initial_load={path}", shape))
+        runs.build(replace(unchecked, checkpoint=replace(unchecked.checkpoint, initial_load=str(path))))
     assert words in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from titan.api.finding import describe_no_run
 from titan.config.check import check_config
-from titan.config.load import load_config
+from titan.config.load import load_config, retyped
 from titan.config.schema import TitanConfig
 from titan.errors import CommandError, ConfigError
 from titan.launch.environment import current_machine
@@ -83,6 +83,6 @@ def without_time(config: TitanConfig) -> TitanConfig:
 def filled_in(config: TitanConfig) -> TitanConfig:
     """Return a config as launching it here would freeze it; or as it is, where it cannot run here."""
     try:
-        return check_config(config, current_machine())
+        return check_config(retyped(config), current_machine())
     except ConfigError:
         return config

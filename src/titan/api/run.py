@@ -26,7 +26,7 @@ from titan.api.inputs import run_directory_of
 from titan.api.page import escape, page
 from titan.api.table import Table, read_table
 from titan.config.check import check_config
-from titan.config.load import load_config
+from titan.config.load import load_config, retyped
 from titan.config.schema import ClusterKind, TitanConfig
 from titan.errors import CommandError, ConfigError, Problem, Stopped, TitanError
 from titan.launch.dispatch import Frozen, already_complete, freeze
@@ -236,7 +236,7 @@ def start(config: TitanConfig) -> Run:
         raise TypeError(f"titan.launch takes a config, as titan.compose gives it, not {type(config).__name__}")
     if (rank := current_rank()) is not None:
         raise ConfigError(f"titan.launch starts ranks, but this process is one (RANK={rank.rank})")
-    config = check_config(config, current_machine())
+    config = check_config(retyped(config), current_machine())
     directory = RunDirectory(Path(config.run.dir))
     if config.cluster.kind is ClusterKind.simulated:
         problem = "cluster=simulated builds one rank and reports on it; there is no run to start"

@@ -15,18 +15,12 @@ import torch
 
 from titan.checkpoint.hugging_face import CONFIG, read_json
 from titan.checkpoint.weights import check_usable
+from titan.config.initial_load import HUGGING_FACE_KEYS
 from titan.config.schema import ModelConfig, RopeScalingConfig
 
 ARCHITECTURE = "LlamaForCausalLM"
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What a config says of a tokenizer."""
-_KEYS = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "ffn_dim",
-    "vocab_size": "vocab_size",
-}
 _OPTIONAL_COUNTS = ("num_key_value_heads", "max_position_embeddings", "head_dim")
 _ROPE_SCALING_KEYS = {
     "factor": "factor",
@@ -60,7 +54,7 @@ def read_hugging_face_config(folder: Path, name: str | None = None) -> ModelConf
         if scaling is None
         else RopeScalingConfig(**{ours: scaling[theirs] for theirs, ours in _ROPE_SCALING_KEYS.items()}),
         tie_embeddings=bool(content.get("tie_word_embeddings", False)),
-        **{ours: content[theirs] for theirs, ours in _KEYS.items()},
+        **{ours: content[theirs] for theirs, ours in HUGGING_FACE_KEYS.items()},
     )
 
 
@@ -76,7 +70,7 @@ def to_hugging_face_config(config: ModelConfig, dtype: torch.dtype, tokens: dict
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
-        **{theirs: getattr(config, ours) for theirs, ours in _KEYS.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in HUGGING_FACE_KEYS.items()},
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.dim // config.n_heads,
         "max_position_embeddings": config.max_seq_len,
@@ -104,7 +98,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         kind = f"model_type {content.get('model_type')}, architectures {architectures}"
         yield f"it describes {kind}, and titan computes model_type llama, {ARCHITECTURE}"
         return
-    counts = [*_KEYS, *(key for key in _OPTIONAL_COUNTS if content.get(key) is not None)]
+    counts = [*HUGGING_FACE_KEYS, *(key for key in _OPTIONAL_COUNTS if content.get(key) is not None)]
     wrong = [key for key in counts if type(content.get(key)) is not int or content[key] < 1]
     wrong += [key for key in ("rms_norm_eps",) if not _is_positive(content.get(key, 1e-6))]
     yield from (f"{key} = {content.get(key)} is no positive number" for key in wrong)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from titan.config.degrees import (
@@ -24,7 +26,8 @@ from titan.config.degrees import (
     world_size,
 )
 from titan.config.held_out import check_validation
-from titan.config.keys import flatten, override
+from titan.config.initial_load import check_initial_load
+from titan.config.keys import default_of, find_key, flatten, override
 from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ActivationCheckpointMode,
@@ -137,7 +140,9 @@ def check_numbers(config: TitanConfig) -> Iterator[Problem]:
     """Numbers are finite, and the rotary frequencies can be computed."""
     for key, value in flatten(config).items():
         if isinstance(value, float) and not math.isfinite(value):
-            yield Problem(f"{key} = {value} is not a finite number", suggestion=f"{key}=...")
+            known = find_key(key)
+            default = default_of(known) if known is not None else None
+            yield Problem(f"{key} = {value} is not a finite number", suggestion=f"{key}={default or '...'}")
     model, scaling = config.model, config.model.rope_scaling
     # without eps, a word that no batch has held yet would be moved by 0/0
     positive = {"model.rope_theta": model.rope_theta, "optimizer.eps": config.optimizer.eps}
@@ -381,12 +386,35 @@ def _check_pipeline_microbatches(config: TitanConfig) -> Iterator[Problem]:
 def check_family(config: TitanConfig) -> Iterator[Problem]:
     """A model family is titan's, or looks like one that can be imported."""
     module, separator, attribute = config.model.family.partition(":")
-    if config.model.family != "llama" and not (separator and attribute.isidentifier() and module):
+    if config.model.family == "llama":
+        return
+    if not (separator and attribute.isidentifier() and module):
         yield Problem(
             f"model.family = {config.model.family} is no model family",
             "Families: llama, or one of your own as package.module:NAME.",
             "model.family=llama",
         )
+    elif config.cluster.kind is not ClusterKind.slurm and not _is_module(module):
+        yield Problem(
+            f"model.family = {config.model.family}, but there is no module {module}",
+            "The ranks look for it in the folder that the command is given in, on PYTHONPATH and among what is "
+            "installed.",
+            f"export PYTHONPATH=/folder/of/{module.partition('.')[0]}   or  model.family=llama",
+        )
+
+
+def _is_module(name: str) -> bool:
+    """Whether a module can be found, without importing it or the packages that it is in."""
+    first, *others = name.split(".")
+    try:
+        found = importlib.util.find_spec(first) or PathFinder.find_spec(first, [os.getcwd()])
+        for part in others:
+            if found is None or found.submodule_search_locations is None:
+                return False
+            found = PathFinder.find_spec(f"{found.name}.{part}", list(found.submodule_search_locations))
+    except (ImportError, ValueError):  # of what is loaded already in some other way
+        return True
+    return found is not None
 
 
 def check_tokenizer(config: TitanConfig) -> Iterator[Problem]:
@@ -650,7 +678,7 @@ def check_async_tensor_parallel(config: TitanConfig) -> Iterator[Problem]:
 
 
 def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
-    """What is to be loaded is there, and what is asked of checkpoints can be done together."""
+    """What is asked of checkpoints can be done together."""
     settings, nothing = config.checkpoint, CheckpointConfig(mode=CheckpointMode["sync"])
     if settings.mode is CheckpointMode["disabled"]:
         for key in ("load_step", "save_initial", "interval_minutes", "keep_every", "last_content"):
@@ -671,37 +699,6 @@ def check_checkpoint(config: TitanConfig) -> Iterator[Problem]:
             f"checkpoint.last_dtype = {settings.last_dtype.name}, but checkpoint.last_content = all",
             "A run goes on from the weights in the format of training.",
             "checkpoint.last_content=weights",
-        )
-    yield from _check_initial_load(settings)
-
-
-def _check_initial_load(settings: CheckpointConfig) -> Iterator[Problem]:
-    if settings.initial_load is None:
-        if settings.exclude or settings.initial_content is CheckpointContent.all:
-            key = "exclude" if settings.exclude else "initial_content"
-            yield Problem(
-                f"checkpoint.{key} is set, but there is no checkpoint.initial_load that it is about",
-                suggestion="checkpoint.initial_load=<run.dir>/checkpoints/step_00000100",
-            )
-        return
-    folder = Path(settings.initial_load)
-    if not folder.is_dir():
-        yield Problem(
-            f"checkpoint.initial_load = {settings.initial_load} is not a folder",
-            suggestion="checkpoint.initial_load=<run.dir>/checkpoints/step_00000100",
-        )
-    elif not ((folder / ".metadata").is_file() or any(folder.glob("*.safetensors"))):
-        newest = max(folder.glob("**/step_*/.metadata"), default=folder / "checkpoints" / "step_00000100" / ".metadata")
-        yield Problem(
-            f"checkpoint.initial_load = {settings.initial_load} is neither a checkpoint nor a Hugging Face folder",
-            "It has no .metadata and no *.safetensors.",
-            f"checkpoint.initial_load={newest.parent}",
-        )
-    elif not (folder / ".metadata").is_file() and settings.initial_content is CheckpointContent.all:
-        yield Problem(
-            f"checkpoint.initial_content = all, but {settings.initial_load} is a Hugging Face folder",
-            "It holds weights alone.",
-            "checkpoint.initial_content=weights",
         )
 
 
@@ -944,6 +941,7 @@ RULES: tuple[Rule, ...] = (
     check_memory_budget,
     check_async_tensor_parallel,
     check_checkpoint,
+    check_initial_load,
     check_profiling,
     check_metrics,
     check_slurm,

@@ -17,10 +17,9 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, SearchPathException
-from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from titan.config.keys import find_key, is_known, schema_keys, table_of, unknown_key, wrong_value
+from titan.config.keys import find_key, is_known, is_no_switch, schema_keys, table_of, takes, unknown_key, wrong_value
 from titan.errors import ConfigError, Problem
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
@@ -109,6 +108,21 @@ def check_override(text: str, groups: Groups) -> Iterator[Problem]:
         yield from _check_value(key, override.value())
 
 
+def check_switches(overrides: Sequence[str]) -> None:
+    """See that no switch is set to a number, which OmegaConf takes for true.
+
+    Raises:
+        ConfigError: With all that are.
+    """
+    problems = []
+    for text in overrides:
+        known, value = schema_keys().get(_key(text)), text.partition("=")[2]
+        if known is not None and known.type is bool and value.isdecimal() and is_no_switch(int(value)):
+            problems.append(wrong_value(known, value))
+    if problems:
+        raise ConfigError(problems)
+
+
 def _check_choice(override: Override, groups: Groups) -> Iterator[Problem]:
     group, option = override.key_or_group, override.value()
     if override.is_delete():
@@ -140,9 +154,7 @@ def _check_value(key: str, value: Any) -> Iterator[Problem]:
     if known.is_node and key not in schema_keys():
         yield wrong_value(known, value)
         return
-    try:
-        OmegaConf.update(OmegaConf.structured(known.parent), key.rpartition(".")[2], value)
-    except OmegaConfBaseException:
+    if not takes(known, value):
         yield wrong_value(known, value)
 
 
@@ -162,8 +174,16 @@ def _unknown(override: Override, groups: Groups) -> Problem:
     if not near:
         return Problem(f"{key} is not a config group", f"Groups: {listed}", "--help   for all options")
     options = groups[near[0]]
-    meant = difflib.get_close_matches(value, options, n=1, cutoff=0.5) or options[:1]
-    return Problem(f"{key} is not a config group", f"Groups: {listed}", f"{near[0]}={meant[0]}")
+    meant = difflib.get_close_matches(value, options, n=1, cutoff=0.5)
+    return Problem(
+        f"{key} is not a config group",
+        f"Groups: {listed}" + ("" if meant else f"\nOf the group {near[0]} there are: {', '.join(options)}"),
+        f"{near[0]}={meant[0]}" if meant else f"{near[0]}=...   with one of these",
+    )
+
+
+_WHY = {"optimizer": "\nAdamW is the one that titan has; examples/own_loop.py trains with an optimizer of your own."}
+"""What is to be said of a group's options beside their names."""
 
 
 def _unknown_option(group: str, option: str, options: list[str]) -> Problem:
@@ -172,7 +192,7 @@ def _unknown_option(group: str, option: str, options: list[str]) -> Problem:
         near = [name for name in options if name == "none"]
     return Problem(
         f"{group}={option} is not an option of the group {group}",
-        f"There are: {', '.join(options) or 'none yet'}",
+        f"There are: {', '.join(options) or 'none yet'}" + _WHY.get(group, ""),
         "   or  ".join(f"{group}={name}" for name in near) if near else f"{group}=...   with one of these",
     )
 
@@ -191,6 +211,14 @@ def _explain_error(error: Exception, overrides: list[str], groups: Groups) -> tu
         return Problem(gist(error), suggestion="--config-dir /path/to/a/folder   with groups of your own"), None
     if isinstance(error, yaml.YAMLError):
         return _explain_yaml(error, overrides)
+    is_nested = key.partition(".")[0] == "experiment" or (not key and "Did you mean to override" in message)
+    if in_file and in_file.group(1).startswith("experiment/") and is_nested:
+        where = f"{in_file.group(1)}.yaml"
+        return Problem(
+            f"{where} sets keys of the whole config, but does not say so",
+            "Without `# @package _global_` all that it says is about a key experiment, which there is not.",
+            f"# @package _global_   as the first line of {where}",
+        ), culprit
     if in_file:
         where = f"{in_file.group(1)}.yaml"
         found = unknown_key(key) if "ConfigKeyError" in message.splitlines()[0] else None
@@ -199,6 +227,17 @@ def _explain_error(error: Exception, overrides: list[str], groups: Groups) -> tu
         return Problem(
             what, why, f"correct {where}" + (f", where {found.suggestion} is near" if found else "")
         ), culprit
+    if isinstance(error, InterpolationResolutionError) and (open_key := re.search(r"value: (\w+)\.(\w+)", message)):
+        group, name = open_key.groups()
+        culprit = next((text for text in overrides if _key(text) == group), None)
+        if culprit is not None:
+            option = culprit.partition("=")[2].removesuffix(".yaml")
+            where, others = f"{group}/{option}.yaml", [each for each in groups[group] if each != option]
+            return Problem(
+                f"{group}.{name} is not set   (in {where})",
+                "A file of one's own says all that has no default, or takes it from another one.",
+                f"defaults: [{others[-1]}, _self_]   as the first line of {where}   or  {name}: ...",
+            ), culprit
     if isinstance(error, InterpolationResolutionError):
         culprit = next((text for text in overrides if _key(text) == key), None) or _mentions("${", message, overrides)
         to_set = _key(culprit) if culprit else key

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from titan.config.schema import TitanConfig
 from titan.errors import Problem
 
@@ -108,8 +112,45 @@ def unknown_key(key: str, value: str = "...") -> Problem:
     return Problem(
         f"{key} is not a key of titan's config",
         f"Nearest: {', '.join(near[:3])}" if near else "",
-        f"{near[0]}={value}" if near else "--help   for all keys",
+        _moved(near[0], value) if near else "--help   for all keys",
     )
+
+
+def _moved(name: str, text: str) -> str:
+    """Return what sets another key to the same value; to one of its own where it takes none of this type."""
+    try:
+        value = OmegaConf.from_dotlist([f"value={text}"]).value
+    except (OmegaConfBaseException, yaml.YAMLError):
+        value = text
+    key = find_key(name)
+    if text == "..." or key is None or takes(key, value):
+        return f"{name}={text}"
+    return wrong_value(key, value).suggestion
+
+
+def default_of(key: Key) -> str | None:
+    """Return what a key is if nothing is said of it, as one types it; None where that depends, or is nothing."""
+    last = key.name.rpartition(".")[2]
+    default = next(field.default for field in dataclasses.fields(key.parent) if field.name == last)
+    if default in (MISSING, None, dataclasses.MISSING):
+        return _EXAMPLES.get(key.name)
+    return _typed(default.name if isinstance(default, Enum) else default)
+
+
+def takes(key: Key, value: object) -> bool:
+    """Return whether a value is of the type that a key takes."""
+    if key.type is bool and is_no_switch(value):
+        return False
+    try:
+        OmegaConf.update(OmegaConf.structured(key.parent), key.name.rpartition(".")[2], value)
+    except OmegaConfBaseException:
+        return False
+    return True
+
+
+def is_no_switch(value: object) -> bool:
+    """Whether a value is a number that says neither true nor false; OmegaConf takes all but 0 for true."""
+    return isinstance(value, int | float) and value not in (0, 1)
 
 
 def wrong_value(key: Key, value: object) -> Problem:
@@ -125,6 +166,8 @@ def wrong_value(key: Key, value: object) -> Problem:
         near = difflib.get_close_matches(given, names, n=1, cutoff=0.5) or names[:1]
         return Problem(f"{what} is none of its values", f"There are: {', '.join(names)}", f"{key.name}={near[0]}")
     wanted, example = _WANTED.get(typing.get_origin(key.type) or key.type, ("a value of its type", "..."))
+    if key.type in (int, float, str):
+        example = default_of(key) or example
     if value is None:
         return Problem(f"{what}, but it cannot be left open", suggestion=f"{key.name}={example}")
     if key.type is int and isinstance(value, float) and value.is_integer():
@@ -142,6 +185,10 @@ _WANTED = {
     list: ("a list", "[a,b]"),
     dict: ("a table", "{name:value}"),
 }
+
+
+_EXAMPLES = {"optimizer.lr": "3e-4"}
+"""A value that one may begin with, of keys without a default."""
 
 
 def walk_keys(node: type) -> Iterator[Key]:

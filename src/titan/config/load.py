@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import gc
+import os
 import threading
 import typing
 from collections.abc import Iterator, Sequence
@@ -32,11 +33,12 @@ from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException, SearchPathException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from titan.config.check import check_config
 from titan.config.degrees import Machine
-from titan.config.explain import COMPOSITION_ERRORS, Groups, explain_mistakes, gist
-from titan.config.keys import is_known, schema_keys, unknown_key
+from titan.config.explain import COMPOSITION_ERRORS, Groups, check_switches, explain_mistakes, gist
+from titan.config.keys import find_key, flatten, is_known, is_no_switch, schema_keys, takes, unknown_key, wrong_value
 from titan.config.schema import ModelConfig, TitanConfig, TokenizerConfig
 from titan.errors import ConfigError, Problem, TitanError
 from titan.run_directory import write_atomically
@@ -110,7 +112,9 @@ def compose(
         ConfigError: If an override names an unknown group, option or key, or a value of the wrong type.
     """
     try:
-        return to_typed(compose_untyped(overrides, config_dir, config_name))
+        config = to_typed(compose_untyped(overrides, config_dir, config_name))
+        check_switches(overrides)
+        return config
     except TitanError:
         raise
     except Exception as error:
@@ -185,7 +189,22 @@ def explain_composition(
 
     if config_dir is not None and not Path(config_dir).is_dir():
         return [Problem(f"--config-dir {config_dir} is not a folder", suggestion="--config-dir /path/to/a/folder")]
-    return explain_mistakes(error, overrides, option_groups(overrides, config_dir), recompose, is_sweep)
+    groups = option_groups(overrides, config_dir)
+    problems = explain_mistakes(error, overrides, groups, recompose, is_sweep)
+    if config_dir is not None:
+        problems += _explain_depth(config_dir, groups)
+    return problems
+
+
+def _explain_depth(config_dir: str, groups: Groups) -> Iterator[Problem]:
+    """Say that a folder is itself a group, where it looks like one: the groups are the folders in --config-dir."""
+    folder = Path(config_dir).resolve()
+    if folder.name in groups and not any(each.is_dir() for each in folder.iterdir()):
+        yield Problem(
+            f"--config-dir {config_dir} is a folder of options for {folder.name}, and not one of groups",
+            f"It is the folder that has {folder.name}/ in it.",
+            f"--config-dir {os.path.normpath(os.path.join(config_dir, '..'))}",
+        )
 
 
 def option_groups(overrides: Sequence[str] = (), config_dir: str | None = None) -> Groups:
@@ -223,11 +242,37 @@ def to_typed(composed: DictConfig) -> TitanConfig:
     unknown = [unknown_key(key, str(value)) for key, value in _leaves(container) if not is_known(key)]
     if unknown:
         raise ConfigError(unknown)
-    strict = OmegaConf.merge(_schema(), container)
+    return _to_object(typing.cast(DictConfig, OmegaConf.merge(_schema(), container)))
+
+
+@without_collections()
+def retyped(config: TitanConfig) -> TitanConfig:
+    """Return a config that a program has changed, each value of its key's type as on the command line.
+
+    Raises:
+        ConfigError: With all values of another type, or all missing ones.
+    """
+    values = flatten(config)
+    if any(key.type is bool and is_no_switch(values.get(name)) for name, key in schema_keys().items()):
+        raise ConfigError(_wrong_values(config))
+    try:
+        return _to_object(OmegaConf.structured(config))
+    except OmegaConfBaseException as error:
+        raise ConfigError(list(_wrong_values(config)) or gist(error)) from error
+
+
+def _to_object(strict: DictConfig) -> TitanConfig:
     missing = sorted(OmegaConf.missing_keys(strict))
     if missing:
         raise ConfigError([Problem(f"{key} is not set", suggestion=f"{key}=...") for key in missing])
     return typing.cast(TitanConfig, OmegaConf.to_object(strict))
+
+
+def _wrong_values(config: TitanConfig) -> Iterator[Problem]:
+    for name, value in flatten(config).items():
+        key = find_key(name)
+        if key is not None and ((key.is_node and value is not None) or not takes(key, value)):
+            yield wrong_value(key, value)
 
 
 def save_config(config: TitanConfig, path: Path) -> None:

@@ -7,10 +7,27 @@ because that is what a user types. A test holds that every field has a docstring
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
+
+
+class Node:
+    """What every node of the config is: in it a misspelt key cannot be set, for nothing would read it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = list(getattr(type(self), "__dataclass_fields__", ()))
+        # what others derive from a node may have attributes of its own
+        if type(self).__module__ == __name__ and name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+            raise AttributeError(
+                f"{type(self).__name__} has no key {name}. "
+                + (f"Nearest: {', '.join(near)}" if near else f"Its keys: {', '.join(known)}")
+            )
+        super().__setattr__(name, value)
 
 
 class Device(Enum):
@@ -184,7 +201,7 @@ class Float8Recipe(Enum):
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Node):
     """Where a run keeps its files."""
 
     name: str = MISSING
@@ -194,7 +211,7 @@ class RunConfig:
 
 
 @dataclass
-class RopeScalingConfig:
+class RopeScalingConfig(Node):
     """Llama 3.1's stretching of the rotary frequencies beyond the length it was first trained at."""
 
     factor: float = MISSING
@@ -208,7 +225,7 @@ class RopeScalingConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Node):
     """The shape of a Llama."""
 
     name: str = MISSING
@@ -240,7 +257,7 @@ class ModelConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Node):
     """The loop: how long, how much at once, how precisely."""
 
     steps: int = MISSING
@@ -271,7 +288,7 @@ class TrainingConfig:
 
 
 @dataclass
-class ParallelismConfig:
+class ParallelismConfig(Node):
     """Degrees of the mesh's axes, outermost first. Their product is the world size."""
 
     pp: int = 1
@@ -316,7 +333,7 @@ class ParallelismConfig:
 
 
 @dataclass
-class ClusterConfig:
+class ClusterConfig(Node):
     """The machines that the ranks run on."""
 
     kind: ClusterKind = MISSING
@@ -380,7 +397,7 @@ class ClusterConfig:
 
 
 @dataclass
-class SourceConfig:
+class SourceConfig(Node):
     """Documents: where they are and how a record of them is read."""
 
     kind: DataKind = MISSING
@@ -440,7 +457,7 @@ class DataConfig(SourceConfig):
 
 
 @dataclass
-class ValidationConfig:
+class ValidationConfig(Node):
     """The loss on text that is not trained on."""
 
     interval: int = 0
@@ -460,7 +477,7 @@ class ValidationConfig:
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Node):
     """How text becomes tokens."""
 
     kind: TokenizerKind = MISSING
@@ -472,7 +489,7 @@ class TokenizerConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Node):
     """AdamW."""
 
     lr: float = MISSING
@@ -495,7 +512,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class LrSchedulerConfig:
+class LrSchedulerConfig(Node):
     """Warm up, stay, decay."""
 
     warmup_steps: int = MISSING
@@ -509,7 +526,7 @@ class LrSchedulerConfig:
 
 
 @dataclass
-class Float8Config:
+class Float8Config(Node):
     """Float8 matrix products through torchao."""
 
     recipe: Float8Recipe = Float8Recipe.none
@@ -529,7 +546,7 @@ class Float8Config:
 
 
 @dataclass
-class CompileConfig:
+class CompileConfig(Node):
     """torch.compile, block by block."""
 
     enable: bool = False
@@ -547,7 +564,7 @@ class CompileConfig:
 
 
 @dataclass
-class ActivationCheckpointConfig:
+class ActivationCheckpointConfig(Node):
     """Recompute activations in the backward pass instead of keeping them."""
 
     mode: ActivationCheckpointMode = ActivationCheckpointMode.none
@@ -560,7 +577,7 @@ class ActivationCheckpointConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Node):
     """Saving and resuming."""
 
     mode: CheckpointMode = MISSING
@@ -601,7 +618,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class FaultToleranceConfig:
+class FaultToleranceConfig(Node):
     """What a run does when something goes wrong. A rank that hangs ends it with 74, and is named."""
 
     step_timeout_seconds: int = 300
@@ -622,7 +639,7 @@ class FaultToleranceConfig:
 
 
 @dataclass
-class WandbConfig:
+class WandbConfig(Node):
     """Weights & Biases. Its key comes from WANDB_API_KEY or `wandb login`, never from here: this is written down."""
 
     enable: bool = False
@@ -642,7 +659,7 @@ class WandbConfig:
 
 
 @dataclass
-class MetricsConfig:
+class MetricsConfig(Node):
     """What is written down while training."""
 
     log_every: int = MISSING
@@ -654,7 +671,7 @@ class MetricsConfig:
 
 
 @dataclass
-class ProfilingConfig:
+class ProfilingConfig(Node):
     """A close look at some steps: where their time goes, and the GPU's memory."""
 
     enable: bool = False
@@ -668,7 +685,7 @@ class ProfilingConfig:
 
 
 @dataclass
-class TitanConfig:
+class TitanConfig(Node):
     """The whole config: one node for each group in conf/, and `run` and `training`."""
 
     run: RunConfig = field(default_factory=RunConfig)

@@ -8,8 +8,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from titan.config.files import SUFFIXES, NotReadable, find_files, find_standard_library
-from titan.config.schema import DataConfig, DataKind, RecordFormat, SourceConfig, TitanConfig, TokenizerConfig
+from titan.config.files import COMPRESSIONS, SUFFIXES, NotReadable, find_files, find_standard_library
+from titan.config.schema import (
+    BadDocuments,
+    DataConfig,
+    DataKind,
+    RecordFormat,
+    SourceConfig,
+    TitanConfig,
+    TokenizerConfig,
+)
 from titan.errors import Problem
 
 _WITHOUT = {"data": "data=python_stdlib", "validation.data": "validation=none"}
@@ -104,6 +112,8 @@ _FILES = {
     DataKind.arrow: "/*.arrow",
 }
 """Kinds that read data.path, each with what one types behind a folder."""
+_LONGEST_LINE = 1 << 20
+"""Bytes of a file's first line that are looked at before a run."""
 
 
 def check_source(source: SourceConfig, key: str, tokenizer: TokenizerConfig) -> Iterator[Problem]:
@@ -172,6 +182,48 @@ def _check_files(source: SourceConfig, key: str, choose: str) -> Iterator[Proble
             f"{key}.path = {source.path} holds {len(files)} file{'s' * (len(files) > 1)}, all of them empty",
             suggestion=f"{key}.path=/path/to/files   or  {without}",
         )
+    elif kind is not DataKind.text and (other := _other_kind(files, kind)) is not None:
+        yield Problem(
+            f"{key}.path = {source.path} holds {other} by its name, but {choose}{kind.name} reads none",
+            f"The first file is {files[0]}.",
+            f"{choose}{other}",
+        )
+    elif kind is DataKind.jsonl and source.bad_documents is BadDocuments.error:
+        yield from _check_first_record(files[0], source, key)
+
+
+def _other_kind(files: list[Path], kind: DataKind) -> str | None:
+    """Return which other kind all files are of, by their names; None where they may be of this one."""
+
+    def is_named(file: Path, suffixes: tuple[str, ...]) -> bool:
+        plain = Path(file.stem) if file.suffix in COMPRESSIONS else file
+        return plain.suffix in suffixes
+
+    others = (name for name, suffixes in SUFFIXES.items() if suffixes and name != kind.name)
+    return next((name for name in others if all(is_named(file, SUFFIXES[name]) for file in files)), None)
+
+
+def _check_first_record(file: Path, source: SourceConfig, key: str) -> Iterator[Problem]:
+    """The first record has the field that is read, where one line of a plain file tells; the rest is for the run."""
+    if file.suffix in COMPRESSIONS:
+        return
+    name = "messages_field" if source.format is RecordFormat.chat else "text_field"
+    field, wanted = getattr(source, name), list if source.format is RecordFormat.chat else str
+    try:
+        with file.open("rb") as stream:
+            record = json.loads(stream.readline(_LONGEST_LINE))
+    except (OSError, ValueError, RecursionError):  # which the run will say in full
+        return
+    if not isinstance(record, dict) or field in record:
+        return
+    others = sorted(
+        (each for each, value in record.items() if isinstance(value, wanted)), key=lambda e: -len(record[e])
+    )
+    yield Problem(
+        f"{key}.{name} = {field}, but the first record of {file} has no such field",
+        f"It has: {', '.join(map(str, record))}",
+        "   or  ".join(f"{key}.{name}={each}" for each in others[:3]) or f"{key}.{name}=...",
+    )
 
 
 def _check_dataset(source: SourceConfig, key: str, choose: str) -> Iterator[Problem]:

@@ -97,16 +97,20 @@ def load_family(name: str) -> ModelFamily:
     """
     module, _, attribute = BUILT_IN.get(name, name).partition(":")
     reason = f"Families: {', '.join(BUILT_IN)}, or one of your own as package.module:NAME."
+    others: list[str] = []
     if module and attribute:
         try:
-            family = getattr(importlib.import_module(module), attribute)
+            found = importlib.import_module(module)
+            others = [each for each, value in vars(found).items() if isinstance(value, ModelFamily)]
+            family = getattr(found, attribute)
         except (ImportError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
         else:
             if isinstance(family, ModelFamily):
                 return family
             reason = f"{attribute} is a {type(family).__name__}, not a titan.models.family.ModelFamily."
-    raise ConfigError([Problem(f"model.family = {name} is no model family", reason, "model.family=llama")])
+    meant = [*(f"model.family={module}:{each}" for each in others), "model.family=llama"]
+    raise ConfigError([Problem(f"model.family = {name} is no model family", reason, "   or  ".join(meant))])
 
 
 def _fits(module: str, pattern: str) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 import torch._inductor.config
 import torch.distributed as dist
 
 from titan.config.schema import CompileConfig, CompileMode
+from titan.errors import ConfigError, Problem
 from titan.models.decoder import Decoder
 from titan.parallel.loss import compile_loss
 from titan.parallel.tensor import unwrap_weights_before
@@ -44,6 +47,28 @@ def apply_compile(
         block.forward = compiled(block.forward)  # type: ignore[method-assign]
     if config.loss:
         compile_loss(model, compiled)
+
+
+def check_backend(config: CompileConfig) -> None:
+    """See that PyTorch has the compiler's backend, its own or one that a package has registered.
+
+    Raises:
+        ConfigError: If it has none of this name.
+    """
+    if not config.enable or config.backend == "inductor":
+        return
+    names = torch._dynamo.list_backends(exclude_tags=None)
+    if config.backend not in names:
+        near = difflib.get_close_matches(config.backend, names, n=1, cutoff=0.6) or ["inductor"]
+        raise ConfigError(
+            [
+                Problem(
+                    f"compile.backend = {config.backend} is no backend of PyTorch's compiler",
+                    f"There are: {', '.join(each for each in names if 'TESTING' not in each)}",
+                    f"compile.backend={near[0]}",
+                )
+            ]
+        )
 
 
 def count_graphs() -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from titan.config.check import check_config
 from titan.config.degrees import Machine, world_size
+from titan.config.load import retyped
 from titan.config.schema import ClusterKind, Device, Dtype, TitanConfig
 from titan.errors import ConfigError, Problem
 from titan.launch.environment import current_machine
@@ -129,7 +130,7 @@ def plan_config(
     Raises:
         ConfigError: If the config is wrong, as `titan.train` would say; or names a model that cannot be planned.
     """
-    resolved, found, notes = resolve(config, device, machine)
+    resolved, found, notes = resolve(retyped(config), device, machine)
     return build_plan(resolved, found, assumptions or Assumptions(), notes=notes)
 
 

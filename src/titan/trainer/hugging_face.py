@@ -13,12 +13,11 @@ from torch.distributed.tensor import DTensor
 from titan.checkpoint.hugging_face import HuggingFaceWeights
 from titan.checkpoint.hugging_face_config import read_hugging_face_config
 from titan.checkpoint.weights import Weights, check_usable
+from titan.config.initial_load import SHAPE_KEYS
 from titan.config.schema import ModelConfig
 from titan.models.family import load_family
 from titan.parallel.apply import local_indices
 
-SHAPE_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "tie_embeddings")
-"""What weights of one shape and another differ in. Not all of it shows in the shapes of the tensors."""
 _FUNCTION_KEYS = ("norm_eps", "rope_theta", "rope_scaling")
 
 

@@ -29,6 +29,7 @@ from titan.checkpoint.state import (
 )
 from titan.checkpoint.store import CONFIG, CheckpointStore, Saved
 from titan.config.continuation import changed_keys, refused_keys
+from titan.config.initial_load import excused_keys
 from titan.config.keys import override
 from titan.config.load import load_config, load_model
 from titan.config.schema import CheckpointContent
@@ -40,7 +41,6 @@ from titan.trainer.saving import describe_data
 from titan.trainer.state import TrainState
 
 T = TypeVar("T")
-_OF_WORDS = (f"{MODEL}tok_embeddings.weight", f"{MODEL}output.weight")
 
 
 def resume(trainer: Trainer) -> None:
@@ -140,8 +140,7 @@ def load_initial(trainer: Trainer, folder: Path) -> None:
     """
     settings, model = trainer.config.checkpoint, trainer.config.model
     without = f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
-    # Words may be others where the tensors that have a row for each are left out.
-    excused = ("vocab_size", "tie_embeddings") if any(_fits_any(name, settings.exclude) for name in _OF_WORDS) else ()
+    excused = excused_keys(settings.exclude)
     if on_first_rank(lambda: is_hugging_face(folder)):
         wanted = [named for named in trainer.parameters if not _fits_any(f"{MODEL}{named[0]}", settings.exclude)]
         differences = load_hugging_face(wanted, folder, model, excused)
