@@ -174,16 +174,17 @@ def test_a_complete_run_says_what_it_has_and_what_it_does_not_take(
 
 def test_a_mistake_that_the_rank_finds_is_corrected_in_place(titan_process: Command, here: Path) -> None:
     """Data that a rank refuses with 65: the same command with the correction trains, as if it had come first."""
-    lines = (json.dumps({"content": f"the quick brown fox jumps over {number} lazy dogs"}) for number in range(200))
-    (here / "d.jsonl").write_text("\n".join(lines) + "\n")
-    typed = (*TINY[:-1], "data=jsonl", "data.path=d.jsonl", "run.dir=run", "metrics.log_every=1")
-    refused = titan_process(*typed)
+    lines = [f"the quick brown fox jumps over {number} lazy dogs\n" for number in range(200)]
+    (here / "good.txt").write_text("".join(lines))
+    (here / "bad.txt").write_bytes("".join(lines).encode() + b"not \xff UTF-8\n")
+    typed = (*TINY, "run.dir=run", "metrics.log_every=1")
+    refused = titan_process(*typed, "data.path=bad.txt")
     assert refused.code == 65, refused.text
-    assert "no field 'text' (it has 'content')" in refused.text
-    corrected = titan_process(*typed, "data.text_field=content")
+    assert "bad.txt, line 201" in refused.text
+    corrected = titan_process(*typed, "data.path=good.txt")
     assert corrected.code == 0, corrected.text
     assert "nothing was trained in run yet: it begins with the new settings" in corrected.out
     run = RunDirectory(here / "run")
     assert [row["step"] for row in json_lines(run.metrics)] == [row["step"] for row in json_lines(run.rows)] == [1, 2]
     assert [event["event"] for event in json_lines(run.events)] == ["start", "exit", "start", "save", "exit"]
-    assert load_config(run.config).data.text_field == "content"
+    assert (load_config(run.config).data.path or "").endswith("good.txt")

@@ -57,7 +57,7 @@ def apply_context_parallel(model: Decoder, group: dist.ProcessGroup, method: Con
     model.positions = positions_of_rank(model.seq_len, group.size(), group.rank(), head_tail)
 
 
-@functools.cache  # one for all blocks
+@functools.lru_cache(maxsize=8)  # one for all blocks
 def _order(seq_len: int, ranks: int, head_tail: bool, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Return the positions in the order in which the ranks hold them, and the inverse of that order."""
     held = torch.cat([positions_of_rank(seq_len, ranks, rank, head_tail) for rank in range(ranks)])
@@ -74,6 +74,16 @@ class _ContextAttention(CausalAttention):
         """Put the order of the positions where it is used, once: a copy in a step would have the host wait for it."""
         self.held, self.inverse = _order(seq_len, self.group.size(), self.head_tail, device)
 
+    def order(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the positions in the order in which the ranks hold them, and the inverse of that order.
+
+        Args:
+            length: Of the whole sequence; the model's own, or that of a text to be continued.
+        """
+        if length == len(self.held):
+            return self.held, self.inverse
+        return _order(length, self.group.size(), self.head_tail, self.held.device)
+
     def visible(self, starts: Tensor, positions: Tensor) -> Visible:
         """Return which keys of the whole sequence this rank's queries see. Shape: (B, S/cp) -> for S/cp and S."""
         return self.mask(starts, positions, self.group.size() * starts.shape[1])
@@ -85,7 +95,8 @@ class AllGatherAttention(_ContextAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E)."""
         ranks, rank, length = self.group.size(), self.group.rank(), q.shape[2]
-        k, v = (gather(x, 2, self.group).index_select(2, self.inverse) for x in (k, v))
+        _, inverse = self.order(ranks * length)
+        k, v = (gather(x, 2, self.group).index_select(2, inverse) for x in (k, v))
         if visible is not None:
             return attend(q, k, v, visible, self.kernel)
         if not self.head_tail:
@@ -106,13 +117,15 @@ class AllToAllAttention(_ContextAttention):
 
     def visible(self, starts: Tensor, positions: Tensor) -> Visible:
         """Return which keys every query of the sequence sees. Shape: (B, S/cp) -> for S and S."""
-        whole = all_gather(starts, 1, self.group).index_select(1, self.inverse)
+        _, inverse = self.order(self.group.size() * starts.shape[1])
+        whole = all_gather(starts, 1, self.group).index_select(1, inverse)
         return self.mask(whole, torch.arange(whole.shape[1], device=whole.device), whole.shape[1])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend. Shape: q (B, H, S/cp, E); k, v (B, K, S/cp, E) -> (B, H, S/cp, E). H and K are multiples of cp."""
-        q, k, v = (_exchange(x, 1, 2, self.group).index_select(2, self.inverse) for x in (q, k, v))
-        return _exchange(attend(q, k, v, visible, self.kernel).index_select(2, self.held), 2, 1, self.group)
+        held, inverse = self.order(self.group.size() * q.shape[2])
+        q, k, v = (_exchange(x, 1, 2, self.group).index_select(2, inverse) for x in (q, k, v))
+        return _exchange(attend(q, k, v, visible, self.kernel).index_select(2, held), 2, 1, self.group)
 
 
 def _exchange(x: Tensor, cut: int, join: int, group: dist.ProcessGroup) -> Tensor:
@@ -148,7 +161,8 @@ class RingAttention(_ContextAttention):
         if groups > 1:
             # The kernels that give the log-sum-exp take equal heads; autograd sums the copies' gradients.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return cast(Tensor, _Ring.apply(q, k, v, visible, self.held, self.group, self.head_tail))
+        held, _ = self.order(self.group.size() * q.shape[2])
+        return cast(Tensor, _Ring.apply(q, k, v, visible, held, self.group, self.head_tail))
 
 
 def _pairs(source: int, rank: int, head_tail: bool) -> tuple[slice, slice, bool] | None:
