@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from titan.launch.torchrun import exit_code, patient
 
-from ..support.command import Finished, clean_environment, finish, free_port, kill_all, start, wait_until
+from ..support.command import Finished, Started, clean_environment, finish, free_port, kill_all, start, wait_until
 
 WRAPPER = ("-m", "titan.launch.torchrun")
 PLAIN = ("-m", "torch.distributed.run")
@@ -64,9 +64,20 @@ def two_nodes(launcher: tuple[str, ...], folder: Path) -> list[Finished]:
     """Run two nodes that meet on one of them, where the rank ends at once with 2; the other one's does so later."""
     program = folder / "late.py"
     program.write_text("import os, sys, time; time.sleep(5 * int(os.environ['RANK'])); sys.exit(2)")
-    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
-    nodes = [start([*launcher, *flags, str(program)], folder, clean_environment(folder)) for _ in range(2)]
+    port = free_port()
+    flags = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"]
+
+    def start_node() -> Started:
+        return start([*launcher, *flags, str(program)], folder, clean_environment(folder))
+
+    def is_met_on() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("localhost", int(port))) == 0
+
+    nodes = [start_node()]
     try:
+        wait_until(is_met_on, "the first node, which is rank 0's, has the store")
+        nodes.append(start_node())
         return [finish(node) for node in nodes]
     finally:
         for node in nodes:
