@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +47,8 @@ def compose(*overrides: str, config_dir: str | Path | None = None) -> TitanConfi
         ConfigError: If an override names an unknown group, option or key, or a value of the wrong type.
         TypeError: If an override is no text, a list for instance.
     """
+    from dataclasses import replace
+
     from titan.config.load import compose as load
     from titan.errors import ConfigError
 

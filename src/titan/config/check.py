@@ -375,11 +375,11 @@ def _check_pipeline_microbatches(config: TitanConfig) -> Iterator[Problem]:
     elif pieces < least or (schedule not in ("GPipe", "1F1B") and pieces % settings.pp):
         rule = f"at least {least}" if schedule in ("GPipe", "1F1B") else f"a multiple of {settings.pp}"
         rule += f", and at least {least}" * (schedule == "DualPipeV")
-        least = settings.pp * max(least // settings.pp, -(-pieces // settings.pp))
+        enough = settings.pp * max(least // settings.pp, -(-pieces // settings.pp))
         yield Problem(
             f"{pieces} pipeline microbatches are too few or uneven for pp {settings.pp} with {schedule}",
             f"{schedule} needs {rule}; by default every row of a micro-batch is one.",
-            f"training.local_batch_size={least}",
+            f"training.local_batch_size={enough}",
         )
 
 

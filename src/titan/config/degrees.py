@@ -16,6 +16,7 @@ from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
     ClusterConfig,
     ClusterKind,
+    CompileConfig,
     DataConfig,
     Device,
     Dtype,
@@ -107,6 +108,16 @@ def choose_loss_chunk(words: int, device_type: str, is_compiled: bool = False) -
     if device_type != "cuda":
         return max(256, (1 << 26) // words)
     return max(256, (1 << 31 if is_compiled else 1 << 29) // words)
+
+
+def compiles_loss(settings: CompileConfig) -> bool:
+    """Return whether what is done with a chunk's logits is compiled."""
+    return settings.enable and settings.loss
+
+
+def has_float8_output(settings: Float8Config) -> bool:
+    """Return whether the projection to words is asked for in float8."""
+    return settings.convert_output and settings.recipe is not Float8Recipe.none
 
 
 def has_fsdp(parallelism: ParallelismConfig) -> bool:

@@ -30,9 +30,14 @@ HUGGING_FACE_KEYS = {
 _OF_WORDS = ("model.tok_embeddings.weight", "model.output.weight")
 
 
+def fits_any(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a tensor's name fits one of the patterns of `checkpoint.exclude`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def excused_keys(exclude: Sequence[str]) -> tuple[str, ...]:
     """Return the keys of the shape that may differ: words may be others where what has a row for each is left out."""
-    is_left_out = any(fnmatchcase(name, pattern) for name in _OF_WORDS for pattern in exclude)
+    is_left_out = any(fits_any(name, exclude) for name in _OF_WORDS)
     return ("vocab_size", "tie_embeddings") if is_left_out else ()
 
 

@@ -120,7 +120,7 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> tuple[Frozen,
             [Problem(problem.what, problem.why, "run.dir=ANOTHER   for a new run") for problem in error.problems]
         ) from error
     changes = changed_keys(before, config)
-    is_blank = not _holds_anything(directory)
+    is_blank = bool(changes) and not _holds_anything(directory)
     if (refused := refused_keys(changes)) and not is_blank:
         problems = [_refuse(group, refused, changes, directory) for group in _groups(refused)]
         if typed := _what_was_typed(directory):
@@ -152,7 +152,7 @@ def _continue_run(config: TitanConfig, directory: RunDirectory) -> tuple[Frozen,
             ]
         )
     check_not_in_use(directory)
-    if is_blank and changes:
+    if is_blank:
         logger.info(f"nothing was trained in {short_path(directory.path)} yet: it begins with the new settings")
         return Frozen.new, False
     for key, (old, new) in changes.items():

@@ -58,10 +58,7 @@ def global_grad_norm(
 
 def clip_gradients(parameters: Sequence[nn.Parameter], norm: Tensor, max_norm: float) -> None:
     """Scale all gradients down so that their norm is at most `max_norm`; 0 leaves them alone."""
-    divisor = clip_divisor(norm, max_norm)
-    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    if gradients and divisor is not None:
-        torch._foreach_div_(gradients, divisor.to(gradients[0].device))
+    divide_gradients(parameters, clip_divisor(norm, max_norm))
 
 
 def clip_divisor(norm: Tensor, max_norm: float) -> Tensor | None:
@@ -71,6 +68,13 @@ def clip_divisor(norm: Tensor, max_norm: float) -> Tensor | None:
         (), float32.
     """
     return ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
+
+
+def divide_gradients(parameters: Iterable[nn.Parameter], divisor: Tensor | None) -> None:
+    """Divide all gradients, in place; None leaves them alone. Shape: ()."""
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    if gradients and divisor is not None:
+        torch._foreach_div_(gradients, divisor.to(gradients[0].device))
 
 
 def local_part(gradient: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titan.optim.clip import local_part
+from titan.optim.clip import divide_gradients
 
 
 def step_unless(optimizer: torch.optim.Optimizer, is_left_out: Tensor, divisor: Tensor | None = None) -> None:
@@ -31,9 +31,7 @@ def step_unless(optimizer: torch.optim.Optimizer, is_left_out: Tensor, divisor: 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if not is_skipped_on_device(optimizer):
         if not is_left_out.item():
-            gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-            if gradients and divisor is not None:
-                torch._foreach_div_(gradients, divisor.to(gradients[0].device))
+            divide_gradients(parameters, divisor)
             optimizer.step()
         return
     device = parameters[0].device

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from titan.config.degrees import has_fsdp, pipeline_microbatches
+from titan.config.degrees import compiles_loss, has_float8_output, has_fsdp, pipeline_microbatches
 from titan.config.schema import ActivationCheckpointMode, ClusterKind, ContextMethod, Dtype, Float8Recipe, TitanConfig
 from titan.errors import TitanError
 from titan.models.decoder import Decoder
@@ -56,10 +56,9 @@ def apply_parallelism(
     if model.output is not None:
         has_words = settings.tp == 1 or settings.loss_parallel
         group = mesh.tp.get_group() if settings.tp > 1 and settings.loss_parallel else None
-        project = projection_of(model.output) if config.float8.recipe is not Float8Recipe.none else None
-        is_compiled = config.compile.enable and config.compile.loss
+        project = projection_of(model.output) if has_float8_output(config.float8) else None
         chunk_size = config.training.loss_chunk_size if has_words else 0
-        size = apply_loss(model, chunk_size, device.type, group, project, is_compiled)
+        size = apply_loss(model, chunk_size, device.type, group, project, compiles_loss(config.compile))
         positions = config.training.local_batch_size * config.training.seq_len // settings.cp
         positions //= pipeline_microbatches(config) if settings.pp > 1 else 1
         if 0 < size < positions:

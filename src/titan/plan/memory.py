@@ -13,8 +13,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from titan.config.degrees import accumulation_steps, choose_loss_chunk, frees_blocks, has_fsdp, pipeline_microbatches
-from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, Dtype, Float8Recipe, TitanConfig
+from titan.config.degrees import (
+    accumulation_steps,
+    choose_loss_chunk,
+    compiles_loss,
+    frees_blocks,
+    has_float8_output,
+    has_fsdp,
+    pipeline_microbatches,
+)
+from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, Dtype, TitanConfig
 from titan.plan.assumptions import TITAN, Assumptions, System
 from titan.plan.pipeline import LOOPED, Flow, flow_of
 from titan.plan.rank import Shapes, Stage, stages_of
@@ -172,8 +180,8 @@ def loss_bytes(shapes: Shapes, system: System = TITAN) -> float:
     hidden = tokens * dim * (shapes.between + 1) * a  # the norm's input and its result, gathered
     chunk = chunk_size(shapes)
     if chunk:
-        each = a if config.compile.enable and config.compile.loss else 2 * a + 8
-        each += 2 if _has_float8_output(config) else 0
+        each = a if compiles_loss(config.compile) else 2 * a + 8
+        each += 2 if has_float8_output(config.float8) else 0
         summed = 8 + a if chunk < tokens else 2 * a
         return hidden + min(chunk, tokens) * words * each + tokens * dim * a + words * dim * summed
     each = system.parallel_loss_bytes if is_cut else system.loss_bytes
@@ -189,11 +197,7 @@ def chunk_size(shapes: Shapes) -> int:
     if config.training.loss_chunk_size > 0:
         return config.training.loss_chunk_size
     device_type = "cpu" if config.cluster.device is Device.cpu else "cuda"
-    return choose_loss_chunk(config.model.vocab_size, device_type, config.compile.enable and config.compile.loss)
-
-
-def _has_float8_output(config: TitanConfig) -> bool:
-    return config.float8.convert_output and config.float8.recipe is not Float8Recipe.none
+    return choose_loss_chunk(config.model.vocab_size, device_type, compiles_loss(config.compile))
 
 
 def is_gathered_twice(config: TitanConfig) -> bool:

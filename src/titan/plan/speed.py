@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from titan.config.degrees import accumulation_steps, pipeline_microbatches
+from titan.config.degrees import accumulation_steps, compiles_loss, has_float8_output, pipeline_microbatches
 from titan.config.schema import (
     ActivationCheckpointMode,
     Attention,
@@ -311,9 +311,8 @@ def _output_work(shapes: Shapes, rates: _Rates, system: System) -> tuple[float, 
     words = shapes.words if is_cut else config.model.vocab_size
     operations = 6.0 * shapes.tokens * config.model.dim * shapes.words
     # written, cast, its softmax read twice and written, two gradients, cast back
-    moved = shapes.tokens * words * (40.0 if not config.compile.loss or not config.compile.enable else 24.0)
-    is_float8 = config.float8.convert_output and config.float8.recipe is not Float8Recipe.none
-    return operations / (rates.float8 if is_float8 else rates.product), moved / rates.memory
+    moved = shapes.tokens * words * (24.0 if compiles_loss(config.compile) else 40.0)
+    return operations / (rates.float8 if has_float8_output(config.float8) else rates.product), moved / rates.memory
 
 
 def _tensor_seconds(

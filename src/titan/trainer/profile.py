@@ -97,20 +97,17 @@ class Profile:
     def _write_trace(self, finished: profile) -> None:
         if not self._traced:  # the run ends in the first of them
             return
-        with self._surviving("trace"):
-            self._write_trace_of(finished)
-
-    def _write_trace_of(self, finished: profile) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         first, last = self._traced[0], self._traced[-1]
         name = f"steps_{first}_{last}.rank_{self.rank:05d}"
         path = self.folder / f"{name}.json.gz"
-        finished.export_chrome_trace(str(path))
-        found = break_down(finished.events() or [], len(self._traced))
-        title, table = f"profile of steps {first} to {last}", list(found.lines())
-        (self.folder / f"{name}.summary.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
-        (self.folder / f"{name}.summary.txt").write_text("\n".join([title, *table]) + "\n")
-        logger.info("\n".join([f"{title}: {path}", *(f"  {line}" for line in table)]))
+        with self._surviving("trace"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            finished.export_chrome_trace(str(path))
+            found = break_down(finished.events() or [], len(self._traced))
+            title, table = f"profile of steps {first} to {last}", list(found.lines())
+            (self.folder / f"{name}.summary.json").write_text(json.dumps(found.to_json(), indent=2) + "\n")
+            (self.folder / f"{name}.summary.txt").write_text("\n".join([title, *table]) + "\n")
+            logger.info("\n".join([f"{title}: {path}", *(f"  {line}" for line in table)]))
 
     def _write_memory(self, name: str) -> None:
         if not self._records_memory:

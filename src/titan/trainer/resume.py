@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +28,7 @@ from titan.checkpoint.state import (
 )
 from titan.checkpoint.store import CONFIG, CheckpointStore, Saved
 from titan.config.continuation import changed_keys, refused_keys
-from titan.config.initial_load import excused_keys
+from titan.config.initial_load import excused_keys, fits_any
 from titan.config.keys import override
 from titan.config.load import load_config, load_model
 from titan.config.schema import CheckpointContent
@@ -94,7 +93,7 @@ def load_checkpoint(
     takes_all = content is CheckpointContent.all
     metadata = read_metadata(folder)
     infos = tensor_infos(metadata)
-    has_optimizer = any(name.startswith(OPTIMIZER) and not _fits_any(name, exclude) for name in infos)  # not at step 0
+    has_optimizer = any(name.startswith(OPTIMIZER) and not fits_any(name, exclude) for name in infos)  # not at step 0
     state = weights_state(trainer.parameters)
     if takes_all and has_optimizer:
         if not trainer.optimizer.state:
@@ -102,12 +101,12 @@ def load_checkpoint(
         state |= optimizer_state(trainer.parameters, trainer.optimizer)
     elif takes_all:  # a run that goes back to its first step has taken others since
         trainer.optimizer.state.clear()
-    state = {name: tensor for name, tensor in state.items() if not _fits_any(name, exclude)}
+    state = {name: tensor for name, tensor in state.items() if not fits_any(name, exclude)}
     cursors = _cursors(trainer, manifest, infos, exclude) if takes_all else {}
     prefixes = (MODEL, OPTIMIZER, *cursors) if takes_all else (MODEL,)
 
     def is_wanted(name: str) -> bool:
-        return name.startswith(prefixes) and not _fits_any(name, exclude)
+        return name.startswith(prefixes) and not fits_any(name, exclude)
 
     # the generators are those of ranks; on another mesh there are others, and nothing that they draw is missed
     is_same_mesh = takes_all and manifest.mesh == trainer.mesh.degrees
@@ -142,7 +141,7 @@ def load_initial(trainer: Trainer, folder: Path) -> None:
     without = f", without {', '.join(settings.exclude)}" * bool(settings.exclude)
     excused = excused_keys(settings.exclude)
     if on_first_rank(lambda: is_hugging_face(folder)):
-        wanted = [named for named in trainer.parameters if not _fits_any(f"{MODEL}{named[0]}", settings.exclude)]
+        wanted = [named for named in trainer.parameters if not fits_any(f"{MODEL}{named[0]}", settings.exclude)]
         differences = load_hugging_face(wanted, folder, model, excused)
         trainer.weights_changed()
         what = "weights"
@@ -207,7 +206,7 @@ def _cursors(
     trainer: Trainer, manifest: Manifest, infos: dict[str, TensorInfo], exclude: Sequence[str]
 ) -> dict[str, Tensor]:
     """Return something to read the streams' cursors into, if they are of the data that this run streams."""
-    if trainer.data.cursors is None or _fits_any(CURSORS, exclude):
+    if trainer.data.cursors is None or fits_any(CURSORS, exclude):
         return {}
     if manifest.data.get("digest") != trainer.data.identity["digest"]:
         logger.info(f"step {manifest.step} was trained on other data: this run's begins at its beginning")
@@ -257,7 +256,3 @@ def _identify(trainer: Trainer, run: str, saved: Saved | None) -> None:
     trainer.run_identity = on_first_rank(lambda: new)
     if not run and dist.get_rank() == 0:
         trainer.directory.write_identity(trainer.run_identity)
-
-
-def _fits_any(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
