@@ -443,6 +443,21 @@ MISTAKES = {
         "but cluster.device = cpu",
         "training.attention=default",
     ),
+    "titan's kernel for CPUs on a GPU": (
+        "cluster=simulated training.attention=cpu",
+        "training.attention = cpu, but cluster.device = cuda",
+        "Try  training.attention=default",
+    ),
+    "titan's kernel for CPUs with heads that fill nothing": (
+        "training.attention=cpu model=llama3_debug model.n_heads=128 model.n_kv_heads=128",
+        "a head has 2 numbers (model.dim / model.n_heads)",
+        "Try  training.attention=default",
+    ),
+    "titan's kernel for CPUs in a ring": (
+        "training.attention=cpu cluster.devices_per_node=2 parallelism.cp=2 parallelism.cp_method=ring",
+        "training.attention = cpu together with parallelism.cp_method = ring",
+        "parallelism.cp_method=allgather",
+    ),
     "an unknown kernel": ("training.attention=flashh", "training.attention = flashh", "training.attention=flash"),
     "FlexAttention without documents": (
         "cluster=simulated training.attention=flex",

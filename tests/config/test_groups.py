@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from titan.config.check import check_config
-from titan.config.degrees import AXES, Machine, world_size
+from titan.config.degrees import AXES, Machine, choose_attention, resolve_config, world_size
 from titan.config.keys import schema_keys
 from titan.config.load import Composer, compose, conf_dir, config_text, option_groups, parse_config, to_typed
-from titan.config.schema import Dtype
+from titan.config.schema import Attention, Dtype
+from titan.errors import ConfigError
 
 OPTIONS = [
     (group, option)
@@ -135,6 +136,38 @@ def test_the_format_follows_the_device(overrides: list[str], machine: Machine, e
     """Bfloat16 where there are units for it, unless the user says something else."""
     config = compose(["data=python_stdlib", "run.dir=unused", *overrides])
     assert check_config(config, machine).training.param_dtype is expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Attention.default),
+        (["compile=inductor"], Attention.cpu),
+        (["compile=inductor", "data.mask_documents=true"], Attention.cpu),
+        (["compile=inductor", "training.attention=flash"], Attention.flash),
+        (["training.attention=cpu"], Attention.cpu),
+        (["compile=inductor", "compile.backend=aot_eager"], Attention.default),
+        (["compile=inductor", "model.n_heads=128", "model.n_kv_heads=128"], Attention.default),
+        (["compile=inductor", "parallelism.cp=2", "parallelism.cp_method=ring"], Attention.default),
+        (["compile=inductor", "parallelism.cp=2", "parallelism.cp_method=all_to_all"], Attention.cpu),
+        (["compile=inductor", "cluster=simulated"], Attention.default),
+    ],
+)
+def test_what_is_compiled_for_a_cpu_takes_titans_own_attention(overrides: list[str], expected: Attention) -> None:
+    """Unless another is asked for, or it cannot: heads of two numbers, a ring, a GPU."""
+    config, _ = resolve_config(compose(["run.dir=unused", "data=python_stdlib", *overrides]), Machine())
+    assert choose_attention(config) is expected
+
+
+def test_without_a_compiler_titans_own_attention_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything starts, with what to type instead."""
+    monkeypatch.setenv("PATH", "")
+    config = compose(["run.dir=unused", "data=python_stdlib", "training.attention=cpu"])
+    with pytest.raises(ConfigError) as error:
+        check_config(config, Machine())
+    (problem,) = error.value.problems
+    assert "no C++ compiler (g++)" in problem.what
+    assert problem.suggestion == "training.attention=default"
 
 
 def test_a_frozen_config_refers_to_nothing() -> None:

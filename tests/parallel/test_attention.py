@@ -59,6 +59,7 @@ def fresh_compiler() -> Iterator[None]:
         (Attention.default, {"has_documents": True}, "flash, with a mask of all queries and keys for the documents"),
         (Attention.default, {"method": ContextMethod.allgather}, "flash, with a mask of all queries and keys"),
         (Attention.math, {"method": ContextMethod.all_to_all}, "math"),
+        (Attention.cpu, {"has_documents": True}, "cpu, titan's own"),
         (Attention.default, {"method": ContextMethod.ring, "has_documents": True}, "flash, from rank to rank"),
     ],
 )
@@ -110,24 +111,31 @@ def run(model: Llama) -> _Kernels:
 
 
 @pytest.mark.parametrize("mode", [ActivationCheckpointMode.none, ActivationCheckpointMode.full])
-@pytest.mark.parametrize(("attention", "softmax", "flash"), [(Attention.math, 1, 0), (Attention.flash, 0, 1)])
+@pytest.mark.parametrize(
+    ("attention", "softmax", "flash", "own"),
+    [(Attention.math, 1, 0, 0), (Attention.flash, 0, 1, 0), (Attention.cpu, 0, 0, 1)],
+)
 def test_the_chosen_kernel_runs_again_where_a_block_is_recomputed(
-    model: Llama, mode: ActivationCheckpointMode, attention: Attention, softmax: int, flash: int
+    model: Llama, mode: ActivationCheckpointMode, attention: Attention, softmax: int, flash: int, own: int
 ) -> None:
     """The recomputation, which comes from inside the backward pass, takes the kernel of the forward pass."""
-    assert apply_attention(model, attention, SHAPE, CPU) == f"attention: {attention.name}"
+    assert apply_attention(model, attention, SHAPE, CPU).startswith(f"attention: {attention.name}")
     apply_activation_checkpoint(model, mode, 1)
     kernels, times = run(model), 2 * (2 if mode is ActivationCheckpointMode.full else 1)
     assert kernels.count("_safe_softmax.default") == softmax * times
     assert kernels.count("_scaled_dot_product_flash_attention_for_cpu.") == flash * times
+    assert kernels.count("titan.attention.") == own * times
 
 
 @pytest.mark.parametrize("mode", [ActivationCheckpointMode.none, ActivationCheckpointMode.full])
-@pytest.mark.parametrize(("attention", "softmax", "flash"), [(Attention.math, 1, 0), (Attention.flash, 0, 1)])
+@pytest.mark.parametrize(
+    ("attention", "softmax", "flash", "own"),
+    [(Attention.math, 1, 0, 0), (Attention.flash, 0, 1, 0), (Attention.cpu, 0, 0, 1)],
+)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_the_chosen_kernel_is_the_one_compiled(
-    model: Llama, mode: ActivationCheckpointMode, attention: Attention, softmax: int, flash: int
+    model: Llama, mode: ActivationCheckpointMode, attention: Attention, softmax: int, flash: int, own: int
 ) -> None:
     """A whole block is compiled without a break, and its graphs, forward and backward, have the kernel chosen."""
     apply_attention(model, attention, SHAPE, CPU)
@@ -141,12 +149,17 @@ def test_the_chosen_kernel_is_the_one_compiled(
         calls = [node for node in graph.graph.nodes if node.op == "call_function"]
         # what the compiler wraps, because it runs it twice, is an argument of the wrapper
         names = [str(call.args[:2] if "rng_state" in str(call.target) else call.target) for call in calls]
-        found.append((sum("_safe_softmax" in name for name in names), sum(map(bool, map(is_flash, names)))))
-    assert found[0] == (softmax, flash)
+        found.append(
+            (
+                sum("_safe_softmax" in name for name in names),
+                sum(map(bool, map(is_flash, names))),
+                sum("titan.attention." in name for name in names),
+            )
+        )
+    assert found[0] == (softmax, flash, own)
     if mode is ActivationCheckpointMode.full:
-        assert found[1] == (softmax, flash)
-    assert found[1][0] <= softmax
-    assert found[1][1] <= flash
+        assert found[1] == (softmax, flash, own)
+    assert all(again <= once for again, once in zip(found[1], (softmax, flash, own), strict=True))
     assert len(backend.fw_graphs) == len(backend.bw_graphs) == 1
 
 
@@ -162,6 +175,7 @@ def test_selective_checkpointing_keeps_every_kind_of_attention() -> None:
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.titan.attention.default,
         flex_attention,
         inductor_compiled_code,
     ]
@@ -254,7 +268,7 @@ def assert_is_attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: T
 @pytest.mark.gpu
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize(("queries", "keys"), [(512, 512), (256, 512), (192, 512)])
-@pytest.mark.parametrize("attention", [a for a in Attention if a is not Attention.flex])
+@pytest.mark.parametrize("attention", [a for a in Attention if a not in (Attention.flex, Attention.cpu)])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_every_kernel_is_causal_on_a_gpu(attention: Attention, queries: int, keys: int, is_compiled: bool) -> None:
     """In bfloat16 with fewer kv heads, for whole rows and for queries at the end of the keys, eager and compiled."""

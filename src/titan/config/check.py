@@ -16,6 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from titan.config.degrees import (
+    CPU_HEAD_MULTIPLE,
     Machine,
     data_degree,
     model_modules,
@@ -518,8 +519,14 @@ def check_float8_layout(config: TitanConfig) -> Iterator[Problem]:
 
 def check_compiler(config: TitanConfig) -> Iterator[Problem]:
     """Compiling for the CPU needs a C++ compiler."""
-    on_cpu = config.cluster.device is Device.cpu
-    if config.compile.enable and config.compile.backend == "inductor" and on_cpu and not shutil.which("g++"):
+    on_cpu, has_compiler = config.cluster.device is Device.cpu, shutil.which("g++") is not None
+    if config.training.attention is Attention.cpu and on_cpu and not has_compiler:
+        yield Problem(
+            "training.attention = cpu, but there is no C++ compiler (g++) on the PATH",
+            "titan's own kernel is compiled where it runs.",
+            "training.attention=default",
+        )
+    if config.compile.enable and config.compile.backend == "inductor" and on_cpu and not has_compiler:
         yield Problem(
             "compile.enable = true on a CPU, but there is no C++ compiler (g++) on the PATH",
             suggestion="compile=none",
@@ -558,9 +565,23 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             f"{key}, but cluster.device = cpu",
             _CUDA_ONLY[attention],
-            "training.attention=default   (on a CPU there are flash and math)",
+            "training.attention=default   (on a CPU there are cpu, flash and math)",
         )
         return
+    if attention is Attention.cpu and not on_cpu:
+        yield Problem(
+            f"{key}, but cluster.device = cuda",
+            "It is titan's own kernel, for CPUs.",
+            "training.attention=default",
+        )
+        return
+    head_size = config.model.dim // max(1, config.model.n_heads)
+    if attention is Attention.cpu and head_size % CPU_HEAD_MULTIPLE != 0:
+        yield Problem(
+            f"{key}, but a head has {head_size} numbers (model.dim / model.n_heads)",
+            f"It computes with {CPU_HEAD_MULTIPLE} numbers at a time.",
+            "training.attention=default",
+        )
     if attention is Attention.flex and not config.data.mask_documents:
         yield Problem(
             f"{key}, but data.mask_documents = false",

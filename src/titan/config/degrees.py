@@ -14,9 +14,11 @@ from pathlib import Path
 
 from titan.config.schedule_file import read_schedule
 from titan.config.schema import (
+    Attention,
     ClusterConfig,
     ClusterKind,
     CompileConfig,
+    ContextMethod,
     DataConfig,
     Device,
     Dtype,
@@ -35,6 +37,8 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """The mesh's axes, outermost first."""
 DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks see different rows."""
+CPU_HEAD_MULTIPLE = 4
+"""Heads of titan's own attention for CPUs have a multiple of so many numbers."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,23 @@ def choose_loss_chunk(words: int, device_type: str, is_compiled: bool = False) -
 def compiles_loss(settings: CompileConfig) -> bool:
     """Return whether what is done with a chunk's logits is compiled."""
     return settings.enable and settings.loss
+
+
+def choose_attention(config: TitanConfig) -> Attention:
+    """Return what is to compute attention; `default` leaves it to PyTorch, or to what the device turns out to be.
+
+    What is compiled for a CPU takes titan's own kernel, which needs a compiler; PyTorch's is what it is compared with.
+    """
+    settings, parallelism, model = config.compile, config.parallelism, config.model
+    takes_own = (
+        config.training.attention is Attention.default
+        and config.cluster.device is Device.cpu
+        and settings.enable
+        and settings.backend == "inductor"
+        and model.dim // model.n_heads % CPU_HEAD_MULTIPLE == 0
+        and not (parallelism.cp > 1 and parallelism.cp_method is ContextMethod.ring)
+    )
+    return Attention.cpu if takes_own else config.training.attention
 
 
 def has_float8_output(settings: Float8Config) -> bool:

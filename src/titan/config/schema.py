@@ -129,7 +129,7 @@ class ReshardAfterForward(Enum):
 
 
 class Attention(Enum):
-    """What computes attention: a kernel of PyTorch's SDPA, or FlexAttention; `default` depends on device and data."""
+    """What computes attention: PyTorch, or titan itself on a CPU; `default` depends on device and data."""
 
     default = "default"
     flash = "flash"
@@ -138,6 +138,7 @@ class Attention(Enum):
     math = "math"
     flash3 = "flash3"
     flex = "flex"
+    cpu = "cpu"
 
 
 class ContextMethod(Enum):
@@ -279,8 +280,8 @@ class TrainingConfig(Node):
     reduce_dtype: Dtype = Dtype.float32
     """Format in which gradients are summed over ranks; auto is float32."""
     attention: Attention = Attention.default
-    """A kernel of PyTorch's SDPA (flash, cudnn, efficient, math), FlashAttention 3, or flex for documents kept apart;
-    default takes the fastest that can do what is asked."""
+    """A kernel of PyTorch's SDPA (flash, cudnn, efficient, math), FlashAttention 3, flex for documents kept apart, or
+    titan's own for a CPU; default takes the fastest that can do what is asked."""
     loss_chunk_size: int = -1
     """Positions whose logits are there at a time; -1 chooses by the number of words, 0 computes all logits at once."""
     gc_interval: int = 50

@@ -1,9 +1,10 @@
 """Attention on one device: causal, inside documents where they are told apart.
 
 PyTorch has several kernels for it, none of which does everything: flash attention and cuDNN's want 16-bit numbers on
-CUDA, and flash no mask but the causal one. What a document may see is therefore told in one of two forms, made once
-for all blocks: as a mask with an entry for every query and key, which grows with the square of the sequence, or for
-FlexAttention as the list of those tiles of it in which there is anything to see.
+CUDA, and flash no mask but the causal one. What a document may see is therefore told in one of three forms, made once
+for all blocks: as a mask with an entry for every query and key, which grows with the square of the sequence, for
+FlexAttention as the list of those tiles of it in which there is anything to see, or for titan's own kernel on a CPU as
+the first and the last key of each query.
 
 Shape letters: B batch, S sequence, Q queries, H query heads, K kv heads, E head size.
 """
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-Visible = Tensor | BlockMask
-"""Which keys each query sees: (B, 1, Q, S) bool, or in tiles."""
+from titan.models.cpu_attention import Span, attend_on_cpu
+
+Visible = Tensor | BlockMask | Span
+"""Which keys each query sees: (B, 1, Q, S) bool, in tiles, or from which to which."""
 
 _SMALL_HEAD = 32
 """Heads of up to so many numbers are computed in float32 on a CPU, whose kernel is no faster for them in 16 bits."""
@@ -38,6 +41,8 @@ class Kernel:
     """Of PyTorch's SDPA, the first that can; none leaves the choice to PyTorch."""
     is_flex: bool = False
     """Whether documents are kept apart by FlexAttention."""
+    is_own: bool = False
+    """Whether it is titan's own, on a CPU."""
 
     @property
     def takes_groups(self) -> bool:
@@ -54,6 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None, kern
     Shape:
         q: (B, H, Q, E). k, v: (B, K, S, E), Q <= S and K divides H. visible: for Q and S. Returns (B, H, Q, E).
     """
+    if kernel.is_own:
+        assert visible is None or isinstance(visible, Span), "`mask` makes what its kernel takes"
+        return attend_on_cpu(q, k, v, visible)
+    assert not isinstance(visible, Span)
     if q.device.type == "cpu" and q.dtype is not torch.float32 and q.shape[-1] <= _SMALL_HEAD:
         return attend(q.float(), k.float(), v.float(), visible, kernel).to(q.dtype)
     queries, keys, heads, kv_heads = q.shape[2], k.shape[2], q.shape[1], k.shape[1]
@@ -160,6 +169,8 @@ class CausalAttention(nn.Module):
         """Return which of the first `keys` positions of a row each query sees, in the form that the kernel takes."""
         if self.kernel.is_flex:
             return visible_tiles(starts, queries, keys)
+        if self.kernel.is_own:
+            return Span(starts.int(), queries.expand(starts.shape).int())
         return visible_keys(starts, queries, torch.arange(keys, device=starts.device))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:

@@ -27,6 +27,7 @@ _ALWAYS_KEPT = (
     "flex_attention",
     "inductor_compiled_code",
     "torch_attn._varlen_attn",
+    "titan.attention",
     # What other ranks had to send, but for gathering: its result is larger than its input by the number of ranks.
     "_c10d_functional.reduce_scatter",
     "_c10d_functional.all_reduce",

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from titan.config.degrees import compiles_loss, has_float8_output, has_fsdp, pipeline_microbatches
+from titan.config.degrees import choose_attention, compiles_loss, has_float8_output, has_fsdp, pipeline_microbatches
 from titan.config.schema import ActivationCheckpointMode, ClusterKind, ContextMethod, Dtype, Float8Recipe, TitanConfig
 from titan.errors import TitanError
 from titan.models.decoder import Decoder
@@ -45,7 +45,7 @@ def apply_parallelism(
         apply_context_parallel(model, mesh.cp_group, settings.cp_method, settings.cp_head_tail)
         done.append(f"context parallel {settings.cp_method.name}{', head-tail balanced' * settings.cp_head_tail}")
     if config.cluster.kind is not ClusterKind.simulated or config.cluster.simulated_steps:
-        done.append(apply_attention(model, config.training.attention, _attention_shape(config), device))
+        done.append(apply_attention(model, choose_attention(config), _attention_shape(config), device))
     if settings.tp > 1:
         apply_tensor_parallel(model, family.cut_of, mesh.tp, settings.sequence_parallel, settings.loss_parallel)
         done.append(

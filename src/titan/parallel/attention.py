@@ -6,6 +6,7 @@
     math        plain matrix products, which materialise all scores: for comparison
     flash3      FlashAttention 3 in place of flash, on Hopper, from the package flash_attn_3
     flex        FlexAttention on CUDA, for documents that are kept apart: no mask of sequence times sequence
+    cpu         titan's own, on a CPU; what is compiled takes it by itself, for it needs a C++ compiler
 
 What cannot be done is refused in `titan.config.check` as far as the config tells; the rest shows here, on the device,
 in a small trial.
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from titan.config.schema import Attention, ContextMethod
 from titan.errors import ConfigError, Problem
 from titan.models.attention import CausalAttention, Kernel, attend, takes_flash, visible_keys
+from titan.models.cpu_attention import compile_kernel
 from titan.parallel.context import is_in_full
 
 _BACKENDS = {
@@ -81,6 +83,9 @@ def choose_kernel(attention: Attention, shape: AttentionShape, device: torch.dev
         _activate_flash3()
     if shape.method is ContextMethod.ring:
         return Kernel(), _describe_ring(attention, shape, device)
+    if attention is Attention.cpu:
+        _compile_own(shape)
+        return Kernel(is_own=True), "cpu, titan's own"
     is_flex = attention is Attention.flex
     if attention is Attention.default and shape.has_documents and device.type == "cuda":
         is_flex = shape.head_size >= _LEAST_FLEX_HEAD
@@ -156,6 +161,14 @@ def _try_out(kernel: Kernel, attention: Attention, shape: AttentionShape, device
             what = f"training.attention = {attention.name} cannot do this on {name}"
             raise ConfigError([Problem(what, f"PyTorch says: {why}", "training.attention=default")]) from error
     return watch.taken
+
+
+def _compile_own(shape: AttentionShape) -> None:
+    try:
+        compile_kernel(shape.head_size, shape.dtype)
+    except RuntimeError as error:
+        what = "titan's attention for CPUs does not compile here"
+        raise ConfigError([Problem(what, str(error), "training.attention=flash")]) from error
 
 
 def _activate_flash3() -> None:

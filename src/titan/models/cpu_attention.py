@@ -1,0 +1,183 @@
+"""titan's own attention for CPUs: cpu_attention.cpp, as operators that autograd and the compiler know.
+
+PyTorch's kernel multiplies blocks with calls to a library, for which the heads of small models are too small, and in
+bfloat16 its backward pass is no faster than in float32. This one keeps a block in registers, skips what a query does
+not see, documents included, and takes groups of heads as they are. `benchmarks/attention.py` measures both.
+
+It is compiled when a model is first put together, for its head size and number format, by the compiler's own cache of
+C++ libraries: about a second, once for a machine.
+
+Shape letters: B batch, H query heads, K kv heads, Q queries, S keys, E head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Span(NamedTuple):
+    """The keys that each query sees, from `first` to `last`, both included. Shape: (B, Q) each, int32."""
+
+    first: Tensor
+    last: Tensor
+
+
+class _View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "head", "position")]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batches", "heads", "kv_heads", "queries", "keys")),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int32),
+        ("first", ctypes.c_void_p),
+        ("last", ctypes.c_void_p),
+    ]
+
+
+@functools.cache
+def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
+    """Compile for a head size and a number format, or load what was compiled before.
+
+    Raises:
+        RuntimeError: If there is no C++ compiler, or it fails; with its words.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    defined = f"#define HEAD_SIZE {head_size}\n#define IS_BFLOAT16 {int(dtype is torch.bfloat16)}\n"
+    source = defined + Path(__file__).with_suffix(".cpp").read_text()
+    # The compiler's own code is neither vectorized by loops nor contracted, for it does both itself.
+    return CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize"))
+
+
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Span | None = None) -> Tensor:
+    """Return attention; without `visible` causal, of queries that stand at the end of the keys.
+
+    A query that sees nothing gives zeros.
+
+    Shape:
+        q: (B, H, Q, E), E a multiple of 4. k, v: (B, K, S, E), K divides H. All float32, or all bfloat16, on a CPU.
+        Returns (B, H, Q, E).
+    """
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise TypeError(f"queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}; all float32 or all bfloat16")
+    first, last = visible or (None, None)
+    return torch.ops.titan.attention(q, k, v, first, last)[0]
+
+
+@torch.library.custom_op("titan::attention", mutates_args=(), device_types="cpu")
+def _attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
+    q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
+    out, sums = _fake_attention(q, k, v, first, last)
+    shape, kept = _shape(q, k, first, last)
+    kernel = compile_kernel(q.shape[3], q.dtype)
+    kernel.attention_forward(shape, *map(_view, (q, k, v, out)), ctypes.c_void_p(sums.data_ptr()))
+    del kept
+    return out, sums
+
+
+@_attention.register_fake
+def _fake_attention(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _heads_beside_each_other(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("titan::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, out, grad = (_rowwise(x) for x in (q, k, v, out, grad))
+    grads = _fake_backward(grad, q, k, v, out, sums, first, last)
+    shape, kept = _shape(q, k, first, last)
+    sums = sums.contiguous()
+    kernel = compile_kernel(q.shape[3], q.dtype)
+    kernel.attention_backward(
+        shape, *map(_view, (q, k, v, out)), ctypes.c_void_p(sums.data_ptr()), *map(_view, (grad, *grads))
+    )
+    del kept
+    return grads
+
+
+@_attention_backward.register_fake
+def _fake_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    first: Tensor | None,
+    last: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_beside_each_other(q), _heads_beside_each_other(k), _heads_beside_each_other(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, grad_sums: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    q, k, v, out, sums, first, last = ctx.saved_tensors
+    grads = torch.ops.titan.attention_backward(grad, q, k, v, out, sums, first, last)
+    return *grads, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.titan.attention)
+def _count(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """As PyTorch counts its own kernels: two products over all queries and keys. The arguments are shapes."""
+    return 4 * q[0] * q[1] * q[2] * q[3] * k[2]
+
+
+@register_flop_formula(torch.ops.titan.attention_backward)
+def _count_backward(grad: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
+    return 10 * q[0] * q[1] * q[2] * q[3] * k[2]
+
+
+def _heads_beside_each_other(x: Tensor) -> Tensor:
+    """Return memory for a result, laid out as the projection behind attention reads it. Shape: as x's."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> Any:
+    return ctypes.byref(_View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)))
+
+
+def _shape(q: Tensor, k: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Any, Any]:
+    """Return the shape, and what has to live as long as it is used."""
+    kept = [None if x is None else x.contiguous() for x in (first, last)]
+    batches, heads, queries, head_size = q.shape
+    return ctypes.byref(
+        _Shape(
+            *(batches, heads, k.shape[1], queries, k.shape[2]),
+            *(head_size**-0.5, torch.get_num_threads()),
+            *(None if x is None else x.data_ptr() for x in kept),
+        )
+    ), kept

@@ -1,0 +1,224 @@
+"""titan's own attention for CPUs, held against the formula in double precision and against PyTorch's kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from titan.models.attention import visible_keys
+from titan.models.cpu_attention import Span, attend_on_cpu
+
+from .test_attention import random_starts, reference
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def inputs(
+    queries: int, keys: int, head_size: int, heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = FLOAT32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return two rows of queries, keys and values as a block makes them: the heads of a position beside each other."""
+    generator = torch.Generator().manual_seed(queries + head_size)
+    q, k, v = (
+        torch.randn(2, length, count, head_size, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+        for length, count in ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    )
+    return q, k, v
+
+
+def causal(queries: int, keys: int) -> Tensor:
+    """Return what queries at the end of the keys see. Shape: (queries, keys), bool."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def with_gradients(out: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Return an output and the gradients of a nonlinear function of it."""
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out.sin() * weight).sum(), inputs)]
+
+
+def assert_is_formula(out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, tolerance: float = 2e-6) -> None:
+    """Compare output and gradients with the formula's, each within a share of its largest number, or of 1."""
+    expected = with_gradients(reference(q, k, v, visible), q, k, v)
+    for found, wanted in zip(with_gradients(out, q, k, v), expected, strict=True):
+        assert found.shape == wanted.shape
+        assert (found.double() - wanted).abs().max() <= tolerance * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("head_size", [4, 8, 12, 16, 24, 64, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 100), (24, 24), (8, 300), (97, 97), (193, 193)])
+def test_it_is_the_formula(head_size: int, queries: int, keys: int) -> None:
+    """For heads that fill no vector, whole or several ones; for queries and keys that fill no block and no chunk."""
+    q, k, v = inputs(queries, keys, head_size)
+    assert_is_formula(attend_on_cpu(q, k, v), q, k, v, causal(queries, keys))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (8, 1)])
+def test_a_group_of_heads_shares_its_keys(heads: int, kv_heads: int) -> None:
+    """And their gradients are summed over the group."""
+    q, k, v = inputs(70, 70, 16, heads, kv_heads)
+    assert_is_formula(attend_on_cpu(q, k, v), q, k, v, causal(70, 70))
+
+
+@pytest.mark.parametrize("head_size", [16, 64])
+def test_in_bfloat16_it_is_at_least_as_exact_as_pytorch(head_size: int) -> None:
+    """Rounded once, where it is written: so no farther from the formula than PyTorch's kernel is."""
+    q, k, v = inputs(193, 193, head_size, 4, 4, BFLOAT16)
+    exact = with_gradients(reference(q, k, v, causal(193, 193)), q, k, v)
+    own = with_gradients(attend_on_cpu(q, k, v), q, k, v)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        torchs = with_gradients(F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v)
+    for mine, theirs, wanted in zip(own, torchs, exact, strict=True):
+        assert mine.dtype is BFLOAT16
+        error, bound = ((x.double() - wanted.double()).norm() for x in (mine, theirs))
+        assert error <= 1.05 * bound
+        assert error <= 0.01 * wanted.double().norm()
+
+
+LAYOUTS = {
+    "position by position": lambda x: x.contiguous(),
+    "numbers of a head apart": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "a part of something larger": lambda x: torch.stack((x, x, x), 3)[:, :, :, 1],
+    "one row for all": lambda x: x[:1].expand(2, -1, -1, -1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_of_memory_is_read(layout: str) -> None:
+    """The inputs', and that of the gradient, which comes in whichever form autograd has it."""
+    q, k, v = (LAYOUTS[layout](x.detach()).requires_grad_() for x in inputs(40, 40, 8))
+    assert_is_formula(attend_on_cpu(q, k, v), q, k, v, causal(40, 40))
+    out = attend_on_cpu(q, k, v)
+    found = torch.autograd.grad(out.sum(), (q, k, v))  # an expanded gradient
+    wanted = torch.autograd.grad(reference(q, k, v, causal(40, 40)).sum(), (q, k, v))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("documents", [1, 5, 60])
+@pytest.mark.parametrize(("ranks", "head_tail"), [(1, True), (2, True), (3, True), (2, False)])
+def test_spans_are_the_mask(documents: int, ranks: int, head_tail: bool) -> None:
+    """Of documents in a row, and of the queries of one context-parallel rank and all keys."""
+    from titan.parallel.context import positions_of_rank
+
+    length = 300
+    starts = random_starts(2, length, documents, documents)
+    for rank in range(ranks):
+        held = positions_of_rank(length, ranks, rank, head_tail)
+        q, k, v = inputs(len(held), length, 16)
+        span = Span(starts[:, held].int(), held.expand(2, -1).int())
+        visible = visible_keys(starts[:, held], held, torch.arange(length))
+        assert_is_formula(attend_on_cpu(q, k, v, span), q, k, v, visible)
+
+
+def test_a_query_that_sees_nothing_gives_zeros() -> None:
+    """Forward and backward, though it shares a block with others."""
+    q, k, v = inputs(40, 40, 16)
+    first, last = torch.zeros(2, 40, dtype=torch.int32), torch.arange(40, dtype=torch.int32).repeat(2, 1)
+    last[0, 7] = last[1, 39] = -1
+    first[1, 20] = 21
+    out, *gradients = with_gradients(attend_on_cpu(q, k, v, Span(first, last)), q, k, v)
+    blind = torch.zeros(2, 40, dtype=torch.bool)
+    blind[0, 7] = blind[1, 39] = blind[1, 20] = True
+    for x in (out, gradients[0]):
+        assert not x.transpose(1, 2)[blind].any()
+    visible = causal(40, 40) | blind[:, None, :, None]  # all of it, for there the formula divides by 0
+    expected = reference(q, k, v, visible).masked_fill(blind[:, None, :, None], 0)
+    for found, wanted in zip((out, *gradients), with_gradients(expected, q, k, v), strict=True):
+        torch.testing.assert_close(found.double(), wanted.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_large_and_small_scores_are_those_of_the_formula() -> None:
+    """No exponential overflows, and one that is too small to count is 0 and not slow."""
+    q, k, v = (x.detach() for x in inputs(130, 130, 16))
+    for factor in (1e-4, 30.0, 1e4):
+        a, b, c = ((x * (factor if i == 0 else 1)).requires_grad_() for i, x in enumerate((q, k, v)))
+        assert_is_formula(attend_on_cpu(a, b, c), a, b, c, causal(130, 130), 2e-6 * max(1, factor))
+
+
+def test_what_is_no_number_is_not_lost() -> None:
+    """A query or key that is none shows where it is seen alone; a value at least there, for 0 * nan is nan."""
+    q, k, v = (x.detach() for x in inputs(100, 100, 16))
+    q[1, :, 50, 3] = k[1, :, 70, 3] = torch.nan
+    seen = attend_on_cpu(q, k, v).isnan().flatten(3).any(3).any(1)
+    assert seen[1].nonzero().flatten().tolist() == [50, *range(70, 100)]
+    assert not seen[0].any()
+    v[0, :, 90, 3] = torch.nan
+    assert attend_on_cpu(q, k, v)[0, :, 90:, 3].isnan().all()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """As many threads as before, afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_its_bits_depend_on_no_other_row_head_or_thread() -> None:
+    """So a layout that cuts rows or heads, or a machine with more cores, changes nothing."""
+    q, k, v = inputs(97, 97, 16)
+    torch.set_num_threads(1)
+    whole = with_gradients(attend_on_cpu(q, k, v), q, k, v)
+    torch.set_num_threads(3)
+    assert all(a.equal(b) for a, b in zip(with_gradients(attend_on_cpu(q, k, v), q, k, v), whole, strict=True))
+    out = attend_on_cpu(q[1:, 2:], k[1:, 1:], v[1:, 1:])
+    assert out.equal(whole[0][1:, 2:])
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    found = torch.autograd.grad(out, (q, k, v), grad)
+    padded = torch.cat((torch.zeros_like(grad), grad), 1).repeat(2, 1, 1, 1)
+    wanted = torch.autograd.grad(attend_on_cpu(q, k, v), (q, k, v), padded)
+    assert all(a[1].equal(b[1]) for a, b in zip(found, wanted, strict=True))
+
+
+def test_it_is_an_operator_as_pytorch_wants_them() -> None:
+    """Schema, shapes and layouts without data, autograd and the compiler's tracing, as PyTorch itself checks them."""
+    q, k, v = inputs(20, 30, 8)
+    span = torch.zeros(2, 20, dtype=torch.int32), torch.full((2, 20), 25, dtype=torch.int32)
+    for visible in ((None, None), span):
+        torch.library.opcheck(torch.ops.titan.attention.default, (q, k, v, *visible))
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
+    """Inside of a function that Inductor compiles, with what comes before and behind it."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        return attend_on_cpu(q * 2, k, v.relu(), Span(first, last)).transpose(1, 2).flatten(2)
+
+    q, k, v = inputs(48, 48, 16, dtype=dtype)
+    span = torch.zeros(2, 48, dtype=torch.int32), torch.arange(48, dtype=torch.int32).repeat(2, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    found = with_gradients(compiled(q, k, v, *span), q, k, v)
+    for mine, wanted in zip(found, with_gradients(function(q, k, v, *span), q, k, v), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_its_operations_are_counted_as_pytorch_counts_its_own() -> None:
+    """Forward and backward, so that the compiler knows what it costs to compute it again."""
+
+    def count(kernel) -> int:
+        q, k, v = inputs(64, 64, 16, 4, 4)
+        with FlopCounterMode(display=False) as counter:
+            kernel(q, k, v).sum().backward()
+        return counter.get_total_flops()
+
+    # the CPU's own kernel is not counted by PyTorch; the formula for CUDA's flash attention is
+    assert count(attend_on_cpu) == 2 * 2 * 4 * 64 * 64 * 16 * (2 + 5)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(FLOAT32, FLOAT32, BFLOAT16), (torch.float64,) * 3, (torch.float16,) * 3], ids=["mixed", "64", "16"]
+)
+def test_formats_that_it_does_not_read_are_refused(dtypes: tuple[torch.dtype, ...]) -> None:
+    """For it would read them as something else."""
+    q, k, v = (x.detach().to(dtype) for x, dtype in zip(inputs(4, 4, 8), dtypes, strict=True))
+    with pytest.raises(TypeError, match="all float32 or all bfloat16"):
+        attend_on_cpu(q, k, v)
