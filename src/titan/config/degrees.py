@@ -39,6 +39,8 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks see different rows."""
 CPU_HEAD_MULTIPLE = 4
 """Heads of titan's own attention for CPUs have a multiple of so many numbers."""
+_LARGEST_CPU_HEAD_IN_16_BITS = 64
+"""PyTorch's attention is the faster one for larger heads in bfloat16, where a CPU has units for it."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,15 @@ def choose_attention(config: TitanConfig) -> Attention:
 
     What is compiled for a CPU takes titan's own kernel, which needs a compiler; PyTorch's is what it is compared with.
     """
-    settings, parallelism, model = config.compile, config.parallelism, config.model
+    settings, parallelism = config.compile, config.parallelism
+    head_size = config.model.dim // config.model.n_heads
     takes_own = (
         config.training.attention is Attention.default
         and config.cluster.device is Device.cpu
         and settings.enable
         and settings.backend == "inductor"
-        and model.dim // model.n_heads % CPU_HEAD_MULTIPLE == 0
+        and head_size % CPU_HEAD_MULTIPLE == 0
+        and (config.training.param_dtype is Dtype.float32 or head_size <= _LARGEST_CPU_HEAD_IN_16_BITS)
         and not (parallelism.cp > 1 and parallelism.cp_method is ContextMethod.ring)
     )
     return Attention.cpu if takes_own else config.training.attention
