@@ -54,8 +54,9 @@ def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    defined = f"#define HEAD_SIZE {head_size}\n#define IS_BFLOAT16 {int(dtype is torch.bfloat16)}\n"
-    source = defined + Path(__file__).with_suffix(".cpp").read_text()
+    defined = {"HEAD_SIZE": head_size, "IS_BFLOAT16": dtype is torch.bfloat16}
+    lines = [f"#define {name} {int(value)}\n" for name, value in defined.items()]
+    source = "".join(lines) + Path(__file__).with_suffix(".cpp").read_text()
     # The compiler's own code is neither vectorized by loops nor contracted, for it does both itself.
     return CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize"))
 
