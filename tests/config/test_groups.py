@@ -160,7 +160,7 @@ BFLOAT16 = "training.param_dtype=bfloat16"
     ],
 )
 def test_what_is_compiled_for_a_cpu_takes_titans_own_attention(overrides: list[str], expected: Attention) -> None:
-    """Unless another is asked for, or faster, or it cannot: large heads in 16 bits, heads of two numbers, a ring, a GPU."""
+    """Unless another is asked for, or is faster in 16 bits, or it cannot: heads of two numbers, a ring, a GPU."""
     config, _ = resolve_config(compose(["run.dir=unused", "data=python_stdlib", *overrides]), Machine())
     assert choose_attention(config) is expected
 
