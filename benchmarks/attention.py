@@ -92,8 +92,8 @@ def measure(shape: Shape, dtype: Any) -> dict[str, dict[str, float]]:
     inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def pytorch() -> torch.Tensor:
-        repeated = [x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (k, v)]
-        return F.scaled_dot_product_attention(q, *repeated, is_causal=True)
+        keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, keys, values, is_causal=True)
 
     found = {}
     for side, attend in (("titan", lambda: attend_on_cpu(q, k, v)), ("pytorch", pytorch)):

@@ -37,6 +37,7 @@ def write_performance() -> None:
         ("training_cpu_float32", _training_lines),
         ("training_cuda", _training_lines),
         ("loss", _loss_lines),
+        ("attention", _attention_lines),
     ):
         path, begin = RESULTS / f"{name}.json", f"<!-- {name}: python benchmarks/table.py -->\n"
         if not path.exists() or begin not in text:
@@ -84,6 +85,21 @@ def _loss_lines(result: dict[str, Any]) -> Iterator[str]:
         seconds, name = found["seconds"], names.get(way, "PyTorch, `linear_cross_entropy`")
         spread = f"{seconds['least']:.2f} to {seconds['most']:.2f}"
         yield f"| {name} | {seconds['median']:.2f} | {spread} | {found['peak_gib']['median']:.2f} |"
+
+
+def _attention_lines(result: dict[str, Any]) -> Iterator[str]:
+    yield "| rows x tokens, heads | format | titan, forward + backward, ms | PyTorch, ms | times as fast | least to most |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for case in result["cases"]:
+        shape, ratio = case["shape"], case["ratio"]
+        of_keys = f", {shape['kv_heads']} of keys" if shape["kv_heads"] != shape["heads"] else ""
+        what = f"{shape['rows']} x {shape['tokens']:,}, {shape['heads']} of {shape['head_size']}{of_keys}"
+        times = " | ".join(
+            " + ".join(f"{case[side][part]['median'] * 1e3:.1f}" for part in ("forward", "backward"))
+            for side in ("titan", "pytorch")
+        )
+        spread = f"{ratio['least']:.2f} to {ratio['most']:.2f}"
+        yield f"| {what} | {case['dtype']} | {times} | {ratio['median']:.2f} | {spread} |"
 
 
 def _results() -> Iterator[dict[str, Any]]:
