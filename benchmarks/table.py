@@ -88,7 +88,7 @@ def _loss_lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _attention_lines(result: dict[str, Any]) -> Iterator[str]:
-    yield "| rows x tokens, heads | format | titan, forward + backward, ms | PyTorch, ms | times as fast | least to most |"
+    yield "| rows x tokens, heads | format | titan, forward + back, ms | PyTorch, ms | times as fast | least to most |"
     yield "|---|---|---:|---:|---:|---:|"
     for case in result["cases"]:
         shape, ratio = case["shape"], case["ratio"]
