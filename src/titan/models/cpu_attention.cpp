@@ -5,7 +5,7 @@
 // backward pass the gradients of those, are what is kept. All is computed in float32, whatever it is read from and
 // written to.
 //
-// Every thread has heads of its own, so the result does not depend on their number.
+// Sums are over what one thread computes, or in a fixed order, so the result does not depend on the number of threads.
 //
 // Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 //
@@ -262,8 +262,8 @@ struct Block {
     beyond = last[0] + 1;
     if (!shape.first && count == Q) return;
     for (int i = 0; shape.first && i < count; i++) {
-      first[i] = shape.first[batch * shape.queries + begin + i];
-      last[i] = shape.last[batch * shape.queries + begin + i];
+      first[i] = std::max<int64_t>(shape.first[batch * shape.queries + begin + i], 0);
+      last[i] = std::min<int64_t>(shape.last[batch * shape.queries + begin + i], shape.keys - 1);
     }
     for (int i = count; i < Q; i++) last[i] = -1;
     low = shape.keys, high = 0;
@@ -298,7 +298,7 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
   const int64_t groups = shape->batches * shape->kv_heads, share = shape->heads / shape->kv_heads;
   // Where there are few heads, several threads take queries of the same one.
   const int64_t blocks = (shape->queries + Q - 1) / Q;
-  const int64_t parts = std::min(blocks, std::max<int64_t>(1, 4 * shape->threads / groups));
+  const int64_t parts = std::min(blocks, 4 * shape->threads / std::max<int64_t>(1, groups) + 1);
   const float factor = shape->scale * LOG2_E;
 #pragma omp parallel num_threads(shape->threads)
   {
@@ -356,55 +356,68 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
 void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
                         const float* sums, const Tensor* grad, const Tensor* grad_q, const Tensor* grad_k,
                         const Tensor* grad_v) {
-  const int64_t groups = shape->batches * shape->kv_heads, share = shape->heads / shape->kv_heads;
+  const int64_t share = shape->heads / shape->kv_heads, size = shape->keys * E;
   const float factor = shape->scale * LOG2_E;
+  // What each head of a group adds to the gradients of its keys and values, to be summed in a fixed order.
+  Buffer<float> parts(share > 1 ? shape->batches * shape->heads * 2 * size : 0);
 #pragma omp parallel num_threads(shape->threads)
   {
     Rows keys(shape->keys), values(shape->keys);
     Columns queries, grads, outs;
-    Buffer<float> keys_grad(shape->keys * E), values_grad(shape->keys * E);
+    Buffer<float> own(2 * size);
     alignas(64) float result[E * Q], natural[Q * E], p[KEYS * Q], p_grad[KEYS * Q], sum[Q], mean[Q];
 #pragma omp for schedule(dynamic)
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t batch = group / shape->kv_heads, kv_head = group % shape->kv_heads;
+    for (int64_t task = 0; task < shape->batches * shape->heads; task++) {
+      const int64_t batch = task / shape->heads, head = task % shape->heads, kv_head = head / share;
       keys.read(*k, batch, kv_head);
       values.read(*v, batch, kv_head);
-      std::fill_n(keys_grad.data, keys_grad.size, 0.f);
-      std::fill_n(values_grad.data, values_grad.size, 0.f);
-      for (int64_t head = kv_head * share; head < (kv_head + 1) * share; head++)
-        for (int64_t begin = 0; begin < shape->queries; begin += Q) {
-          const Block block(*shape, batch, begin);
-          queries.read(*q, batch, head, begin, block.count);
-          grads.read(*grad, batch, head, begin, block.count);
-          outs.read(*out, batch, head, begin, block.count);
-          for (int i = 0; i < Q; i++)
-            sum[i] = i < block.count ? sums[(batch * shape->heads + head) * shape->queries + begin + i] : -LEAST;
-          for (int half = 0; half < Q; half += W) {
-            Vec means{};  // of the weights' gradients, which the softmax takes away
-            for (int e = half; e < E * Q; e += Q) means += load(grads.turned + e) * load(outs.turned + e);
-            store(mean + half, means);
-          }
-          std::fill(result, result + E * Q, 0.f);
-          for (int64_t key = block.low; key < block.high; key += KEYS) {
-            const int count = std::min<int64_t>(KEYS, block.high - key);
-            multiply(keys.data + key * E, queries.turned, count, p);
-            block.hide(p, key, count);
-            multiply(values.data + key * E, grads.turned, count, p_grad);
-            for (int half = 0; half < Q; half += W)
-              for (int j = half; j < count * Q; j += Q) {
-                const Vec weight = exp2(load(p + j) * factor - load(sum + half));
-                store(p + j, weight);
-                store(p_grad + j, weight * (load(p_grad + j) - load(mean + half)));
-              }
-            add_over_keys(keys.data + key * E, p_grad, count, result);
-            add_over_queries(p_grad, queries.natural, count, keys_grad.data + key * E);
-            add_over_queries(p, grads.natural, count, values_grad.data + key * E);
-          }
-          transpose<E, Q>(result, natural);
-          write_all(natural, block.count, shape->scale, *grad_q, batch, head, begin);
+      float* keys_grad = share > 1 ? parts.data + task * 2 * size : own.data;
+      float* values_grad = keys_grad + size;
+      std::fill(keys_grad, keys_grad + 2 * size, 0.f);
+      for (int64_t begin = 0; begin < shape->queries; begin += Q) {
+        const Block block(*shape, batch, begin);
+        queries.read(*q, batch, head, begin, block.count);
+        grads.read(*grad, batch, head, begin, block.count);
+        outs.read(*out, batch, head, begin, block.count);
+        for (int i = 0; i < Q; i++)
+          sum[i] = i < block.count ? sums[(batch * shape->heads + head) * shape->queries + begin + i] : -LEAST;
+        for (int half = 0; half < Q; half += W) {
+          Vec means{};  // of the weights' gradients, which the softmax takes away
+          for (int e = half; e < E * Q; e += Q) means += load(grads.turned + e) * load(outs.turned + e);
+          store(mean + half, means);
         }
-      write_all(keys_grad.data, shape->keys, shape->scale, *grad_k, batch, kv_head, 0);
-      write_all(values_grad.data, shape->keys, 1, *grad_v, batch, kv_head, 0);
+        std::fill(result, result + E * Q, 0.f);
+        for (int64_t key = block.low; key < block.high; key += KEYS) {
+          const int count = std::min<int64_t>(KEYS, block.high - key);
+          multiply(keys.data + key * E, queries.turned, count, p);
+          block.hide(p, key, count);
+          multiply(values.data + key * E, grads.turned, count, p_grad);
+          for (int half = 0; half < Q; half += W)
+            for (int j = half; j < count * Q; j += Q) {
+              const Vec weight = exp2(load(p + j) * factor - load(sum + half));
+              store(p + j, weight);
+              store(p_grad + j, weight * (load(p_grad + j) - load(mean + half)));
+            }
+          add_over_keys(keys.data + key * E, p_grad, count, result);
+          add_over_queries(p_grad, queries.natural, count, keys_grad + key * E);
+          add_over_queries(p, grads.natural, count, values_grad + key * E);
+        }
+        transpose<E, Q>(result, natural);
+        write_all(natural, block.count, shape->scale, *grad_q, batch, head, begin);
+      }
+      if (share == 1) {
+        write_all(keys_grad, shape->keys, shape->scale, *grad_k, batch, kv_head, 0);
+        write_all(values_grad, shape->keys, 1, *grad_v, batch, kv_head, 0);
+      }
+    }
+#pragma omp for
+    for (int64_t group = 0; group < (share > 1 ? shape->batches * shape->kv_heads : 0); group++) {
+      const int64_t batch = group / shape->kv_heads, kv_head = group % shape->kv_heads;
+      float* total = parts.data + group * share * 2 * size;
+      for (int64_t head = 1; head < share; head++)
+        for (int64_t i = 0; i < 2 * size; i++) total[i] += total[head * 2 * size + i];
+      write_all(total, shape->keys, shape->scale, *grad_k, batch, kv_head, 0);
+      write_all(total + size, shape->keys, 1, *grad_v, batch, kv_head, 0);
     }
   }
 }

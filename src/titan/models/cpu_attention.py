@@ -51,6 +51,7 @@ def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
 
     Raises:
         RuntimeError: If there is no C++ compiler, or it fails; with its words.
+        OSError: If what it has compiled cannot be loaded.
     """
     from torch._inductor.codecache import CppCodeCache
 

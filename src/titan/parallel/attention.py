@@ -166,7 +166,7 @@ def _try_out(kernel: Kernel, attention: Attention, shape: AttentionShape, device
 def _compile_own(shape: AttentionShape) -> None:
     try:
         compile_kernel(shape.head_size, shape.dtype)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: nothing may be loaded from where it was compiled to
         what = "titan's attention for CPUs does not compile here"
         raise ConfigError([Problem(what, str(error), "training.attention=flash")]) from error
 
