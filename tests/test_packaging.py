@@ -28,7 +28,7 @@ def test_the_wheel_has_every_module_and_every_group(wheel: Path) -> None:
     """Nothing of src/ and conf/ is left behind, and nothing else comes along."""
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     source, conf = REPOSITORY / "src", REPOSITORY / "conf"
-    expected = {str(path.relative_to(source)) for path in source.rglob("*.py")}
+    expected = {str(path.relative_to(source)) for path in source.rglob("*") if path.suffix in (".py", ".cpp")}
     expected |= {f"titan/conf/{path.relative_to(conf)}" for path in conf.rglob("*.yaml")}
     assert inside - {"titan/py.typed"} == expected
 

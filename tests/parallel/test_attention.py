@@ -86,12 +86,12 @@ def test_flash_attention_3_without_its_package_is_told() -> None:
     assert "flash_attn" in str(error.value)
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_told() -> None:
     """With its own words, and a kernel that needs none, before the first step."""
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-    with pytest.raises(ConfigError, match="/no/such/compiler") as error:
+    without = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with without, pytest.raises(ConfigError, match="/no/such/compiler") as error:
         choose_kernel(Attention.cpu, replace(SHAPE, head_size=20), CPU)  # which nothing else has compiled
     assert error.value.problems[0].suggestion == "training.attention=flash"
 
