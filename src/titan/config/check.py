@@ -18,7 +18,9 @@ from pathlib import Path
 from titan.config.degrees import (
     CPU_HEAD_MULTIPLE,
     Machine,
+    compiles_for_cpu,
     data_degree,
+    has_ring,
     model_modules,
     pipeline_microbatches,
     plan_stages,
@@ -279,8 +281,7 @@ def check_sequence_shares(config: TitanConfig) -> Iterator[Problem]:
 
 def check_ring_is_eager(config: TitanConfig) -> Iterator[Problem]:
     """torch.compile cannot trace the ring's point-to-point exchange."""
-    settings = config.parallelism
-    if settings.cp > 1 and settings.cp_method is ContextMethod.ring and config.compile.enable:
+    if has_ring(config.parallelism) and config.compile.enable:
         yield Problem(
             "parallelism.cp_method = ring together with compile.enable = true",
             "torch.compile cannot trace point-to-point exchanges.",
@@ -526,7 +527,7 @@ def check_compiler(config: TitanConfig) -> Iterator[Problem]:
             "titan's own kernel is compiled where it runs.",
             "training.attention=default",
         )
-    if config.compile.enable and config.compile.backend == "inductor" and on_cpu and not has_compiler:
+    if compiles_for_cpu(config) and not has_compiler:
         yield Problem(
             "compile.enable = true on a CPU, but there is no C++ compiler (g++) on the PATH",
             suggestion="compile=none",
@@ -560,7 +561,7 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
     """The kernel of attention exists for the device, and can do what the data and the layout ask of it."""
     training, attention = config.training, config.training.attention
     key, on_cpu = f"training.attention = {attention.name}", config.cluster.device is Device.cpu
-    has_ring = config.parallelism.cp > 1 and config.parallelism.cp_method is ContextMethod.ring
+    is_ring = has_ring(config.parallelism)
     if on_cpu and attention in _CUDA_ONLY:
         yield Problem(
             f"{key}, but cluster.device = cpu",
@@ -588,7 +589,7 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
             "It is there to skip what documents do not see of each other; the plain causal mask the others know.",
             "training.attention=default   or  data.mask_documents=true",
         )
-    if has_ring and attention not in _IN_A_RING:
+    if is_ring and attention not in _IN_A_RING:
         yield Problem(
             f"{key} together with parallelism.cp_method = ring",
             "The ring merges results by their log-sum-exp, which it has from flash.",
@@ -604,7 +605,7 @@ def check_attention(config: TitanConfig) -> Iterator[Problem]:
         yield Problem(
             f"{key}, but data.mask_documents = true",
             "On CUDA it knows no mask but the causal one.",
-            f"training.attention={'default' if has_ring else 'flex'}   or  data.mask_documents=false",
+            f"training.attention={'default' if is_ring else 'flex'}   or  data.mask_documents=false",
         )
     if attention is Attention.cudnn and training.deterministic:
         yield Problem(

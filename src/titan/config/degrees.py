@@ -121,21 +121,29 @@ def compiles_loss(settings: CompileConfig) -> bool:
     return settings.enable and settings.loss
 
 
+def compiles_for_cpu(config: TitanConfig) -> bool:
+    """Return whether blocks are compiled to code for a CPU, for which there has to be a C++ compiler."""
+    settings = config.compile
+    return settings.enable and settings.backend == "inductor" and config.cluster.device is Device.cpu
+
+
+def has_ring(parallelism: ParallelismConfig) -> bool:
+    """Return whether keys and values travel from rank to rank while attention is computed."""
+    return parallelism.cp > 1 and parallelism.cp_method is ContextMethod.ring
+
+
 def choose_attention(config: TitanConfig) -> Attention:
     """Return what is to compute attention; `default` leaves it to PyTorch, or to what the device turns out to be.
 
     What is compiled for a CPU takes titan's own kernel, which needs a compiler; PyTorch's is what it is compared with.
     """
-    settings, parallelism = config.compile, config.parallelism
     head_size = config.model.dim // config.model.n_heads
     takes_own = (
         config.training.attention is Attention.default
-        and config.cluster.device is Device.cpu
-        and settings.enable
-        and settings.backend == "inductor"
+        and compiles_for_cpu(config)
         and head_size % CPU_HEAD_MULTIPLE == 0
         and (config.training.param_dtype is Dtype.float32 or head_size <= _LARGEST_CPU_HEAD_IN_16_BITS)
-        and not (parallelism.cp > 1 and parallelism.cp_method is ContextMethod.ring)
+        and not has_ring(config.parallelism)
     )
     return Attention.cpu if takes_own else config.training.attention
 

@@ -1,7 +1,7 @@
 // Attention on a CPU, forward and backward, whose scores never leave the first cache.
 //
 // Queries stand beside each other in vector registers, Q of them at a time, so that the maximum and the sum of a softmax
-// need nothing from a neighbour, and any head size fills the registers. Keys come in chunks: their scores, and in the
+// need nothing from a neighbour, and small heads fill the registers as well as large ones. Keys come in chunks: their scores, and in the
 // backward pass the gradients of those, are what is kept. All is computed in float32, whatever it is read from and
 // written to.
 //
@@ -141,17 +141,17 @@ inline void transpose(const float* from, float* to) {
 }
 
 // Memory that begins where a line of the cache does.
-template <typename T>
 struct Buffer {
-  explicit Buffer(int64_t count) : size(count), data(static_cast<T*>(operator new(count * sizeof(T), std::align_val_t(64)))) {}
+  explicit Buffer(int64_t count)
+      : size(count), data(static_cast<float*>(operator new(count * sizeof(float), std::align_val_t(64)))) {}
   Buffer(const Buffer&) = delete;
   ~Buffer() { operator delete(data, std::align_val_t(64)); }
   const int64_t size;
-  T* const data;
+  float* const data;
 };
 
 // Keys or values of a head: [j][e].
-struct Rows : Buffer<float> {
+struct Rows : Buffer {
   explicit Rows(int64_t count) : Buffer(count * E) {}
 
   void read(const Tensor& from, int64_t batch, int64_t head) {
@@ -252,8 +252,8 @@ struct Block {
   int64_t begin;
   int count;
   int32_t first[Q] = {}, last[Q];
-  int64_t low = 0, high;        // keys from `low` to before `high` are seen by any
-  int64_t whole = 0, beyond;    // and from `whole` to before `beyond` by all
+  int64_t low = 0, high;      // keys from `low` to before `high` are seen by any
+  int64_t whole = 0, beyond;  // and from `whole` to before `beyond` by all
 
   Block(const Shape& shape, int64_t batch, int64_t begin)
       : begin(begin), count(std::min<int64_t>(Q, shape.queries - begin)) {
@@ -359,19 +359,19 @@ void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, co
   const int64_t share = shape->heads / shape->kv_heads, size = shape->keys * E;
   const float factor = shape->scale * LOG2_E;
   // What each head of a group adds to the gradients of its keys and values, to be summed in a fixed order.
-  Buffer<float> parts(share > 1 ? shape->batches * shape->heads * 2 * size : 0);
+  Buffer shares(share > 1 ? shape->batches * shape->heads * 2 * size : 0);
 #pragma omp parallel num_threads(shape->threads)
   {
     Rows keys(shape->keys), values(shape->keys);
     Columns queries, grads, outs;
-    Buffer<float> own(2 * size);
+    Buffer own(share > 1 ? 0 : 2 * size);
     alignas(64) float result[E * Q], natural[Q * E], p[KEYS * Q], p_grad[KEYS * Q], sum[Q], mean[Q];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < shape->batches * shape->heads; task++) {
       const int64_t batch = task / shape->heads, head = task % shape->heads, kv_head = head / share;
       keys.read(*k, batch, kv_head);
       values.read(*v, batch, kv_head);
-      float* keys_grad = share > 1 ? parts.data + task * 2 * size : own.data;
+      float* keys_grad = share > 1 ? shares.data + task * 2 * size : own.data;
       float* values_grad = keys_grad + size;
       std::fill(keys_grad, keys_grad + 2 * size, 0.f);
       for (int64_t begin = 0; begin < shape->queries; begin += Q) {
@@ -413,7 +413,7 @@ void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, co
 #pragma omp for
     for (int64_t group = 0; group < (share > 1 ? shape->batches * shape->kv_heads : 0); group++) {
       const int64_t batch = group / shape->kv_heads, kv_head = group % shape->kv_heads;
-      float* total = parts.data + group * share * 2 * size;
+      float* total = shares.data + group * share * 2 * size;
       for (int64_t head = 1; head < share; head++)
         for (int64_t i = 0; i < 2 * size; i++) total[i] += total[head * 2 * size + i];
       write_all(total, shape->keys, shape->scale, *grad_k, batch, kv_head, 0);

@@ -80,19 +80,12 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Span | None = None) 
 @torch.library.custom_op("titan::attention", mutates_args=(), device_types="cpu")
 def _attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
-    out, sums = _fake_attention(q, k, v, first, last)
+    out, sums = _results(q)
     shape, kept = _shape(q, k, first, last)
     kernel = compile_kernel(q.shape[3], q.dtype)
     kernel.attention_forward(shape, *map(_view, (q, k, v, out)), ctypes.c_void_p(sums.data_ptr()))
     del kept
     return out, sums
-
-
-@_attention.register_fake
-def _fake_attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _heads_beside_each_other(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("titan::attention_backward", mutates_args=(), device_types="cpu")
@@ -107,7 +100,7 @@ def _attention_backward(
     last: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, grad = (_rowwise(x) for x in (q, k, v, out, grad))
-    grads = _fake_backward(grad, q, k, v, out, sums, first, last)
+    grads = _gradients(q, k, v)
     shape, kept = _shape(q, k, first, last)
     sums = sums.contiguous()
     kernel = compile_kernel(q.shape[3], q.dtype)
@@ -118,18 +111,18 @@ def _attention_backward(
     return grads
 
 
-@_attention_backward.register_fake
-def _fake_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    sums: Tensor,
-    first: Tensor | None,
-    last: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return memory for the output, and for the logarithm of each query's denominator."""
+    return _heads_beside_each_other(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return memory for the gradients."""
     return _heads_beside_each_other(q), _heads_beside_each_other(k), _heads_beside_each_other(v)
+
+
+_attention.register_fake(lambda q, *_: _results(q))
+_attention_backward.register_fake(lambda grad, q, k, v, *_: _gradients(q, k, v))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -6,7 +6,7 @@ x86 build of PyTorch; only the choice is missing (`torch.backends.mkldnn.matmul`
 alone). So this layer calls oneDNN for float32 on AMD's processors with AVX-512, and is `nn.Linear` everywhere else: on
 CUDA, in bfloat16, and for DTensor weights. `benchmarks/training.py` measures what it gives. On an EPYC without AVX-512
 both are equally fast forward, and MKL takes 0.72 to 0.99 of oneDNN's time forward and backward; on an Intel Xeon with
-AMX it takes 0.87 to 0.98 for inputs and 0.5 to 0.9 for weights: there it is MKL.
+AMX it takes 0.87 to 0.98 for inputs and 0.5 to 0.9 for weights, timed by hand: there it is MKL.
 
 Where oneDNN has no code for bfloat16 (x86 without AVX-512), PyTorch multiplies it in plain loops, several times slower
 than float32. There the layer widens to float32, multiplies, and rounds once, as units for bfloat16 do.

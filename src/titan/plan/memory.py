@@ -20,6 +20,7 @@ from titan.config.degrees import (
     frees_blocks,
     has_float8_output,
     has_fsdp,
+    has_ring,
     pipeline_microbatches,
 )
 from titan.config.schema import ActivationCheckpointMode, ContextMethod, Device, Dtype, TitanConfig
@@ -132,7 +133,7 @@ def block_bytes(shapes: Shapes, is_checkpointed: bool, system: System = TITAN) -
     statistics = _STATISTIC * config.model.n_heads / tp
     far = config.parallelism.cp if config.parallelism.cp > 1 else 1
     fetched = keys * far if config.parallelism.cp_method is ContextMethod.allgather else keys
-    if far > 1 and config.parallelism.cp_method is ContextMethod.ring:
+    if has_ring(config.parallelism):
         fetched = own  # repeated to as many heads as the queries have
     attention = 2 * own + 2 * fetched  # queries and result, keys and values
     # a norm's result that is gathered has to be kept, for nobody gathers it again

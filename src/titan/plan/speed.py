@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from titan.config.degrees import accumulation_steps, compiles_loss, has_float8_output, pipeline_microbatches
+from titan.config.degrees import accumulation_steps, compiles_loss, has_float8_output, has_ring, pipeline_microbatches
 from titan.config.schema import (
     ActivationCheckpointMode,
     Attention,
@@ -187,8 +187,8 @@ def _rates(config: TitanConfig, device: Accelerator, assumptions: Assumptions) -
 def attention_efficiency(config: TitanConfig, device: Accelerator, assumptions: Assumptions) -> float:
     """Return what attention's kernel reaches of what products reach."""
     attention = config.training.attention
-    is_ring = config.parallelism.cp > 1 and config.parallelism.cp_method is ContextMethod.ring
-    is_new = attention in (Attention.cudnn, Attention.flash3) or (attention is Attention.default and not is_ring)
+    is_new = attention in (Attention.cudnn, Attention.flash3)
+    is_new |= attention is Attention.default and not has_ring(config.parallelism)
     if device.has_hopper_attention and is_new and not config.data.mask_documents:
         return assumptions.hopper_attention_efficiency
     return assumptions.attention_efficiency
