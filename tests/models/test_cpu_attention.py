@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan.models.attention import visible_keys
+from titan.models.attention import CausalAttention, Kernel, visible_keys
 from titan.models.cpu_attention import Span, attend_on_cpu
+from titan.models.rope import apply_rope
 
 from .test_attention import random_starts, reference
 
@@ -78,6 +79,76 @@ def test_in_bfloat16_it_is_at_least_as_exact_as_pytorch(head_size: int) -> None:
         error, bound = ((x.double() - wanted.double()).norm() for x in (mine, theirs))
         assert error <= 1.05 * bound
         assert error <= 0.01 * wanted.double().norm()
+
+
+def angles(length: int, head_size: int, rows: int = 0) -> Tensor:
+    """Return cosines and sines of any angles, of positions, or of those of each row. Shape: (rows, length, E/2, 2)."""
+    generator = torch.Generator().manual_seed(length)
+    shape = (rows, length, head_size // 2) if rows else (length, head_size // 2)
+    angle = 6 * torch.rand(shape, dtype=torch.float64, generator=generator)
+    return torch.stack((angle.cos(), angle.sin()), -1).float()
+
+
+def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """Return what is to be attended with, by complex numbers in double precision. Shape: (B, H, S, E)."""
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    turns = torch.view_as_complex(rope.double())
+    turns = turns.unsqueeze(1) if turns.ndim == 3 else turns
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+@pytest.mark.parametrize("rows", [0, 2], ids=["one for all rows", "each row its own"])
+@pytest.mark.parametrize("head_size", [4, 8, 12, 16, 24, 64, 128])
+@pytest.mark.parametrize(("queries", "keys", "heads", "kv_heads"), [(97, 97, 4, 4), (40, 70, 4, 2)])
+def test_it_rotates_queries_and_keys(
+    head_size: int, queries: int, keys: int, heads: int, kv_heads: int, rows: int
+) -> None:
+    """By the angles of their positions, the queries' being the last ones, and their gradients back."""
+    q, k, v = inputs(queries, keys, head_size, heads, kv_heads)
+    rope = angles(keys, head_size, rows)
+    formula = reference(rotated(q, rope[..., -queries:, :, :]), rotated(k, rope), v, causal(queries, keys))
+    out = attend_on_cpu(q, k, v, None, rope)
+    for found, wanted in zip(with_gradients(out, q, k, v), with_gradients(formula, q, k, v), strict=True):
+        assert (found.double() - wanted).abs().max() <= 2e-6 * max(1.0, float(wanted.abs().max()))
+
+
+def test_rotating_as_it_reads_is_more_exact_than_before_it_is_called() -> None:
+    """In bfloat16, for what is rotated before is rounded once more."""
+    q, k, v = inputs(193, 193, 16, 4, 4, BFLOAT16)
+    rope = angles(193, 16)
+    exact = with_gradients(reference(rotated(q, rope), rotated(k, rope), v, causal(193, 193)), q, k, v)
+    before = [apply_rope(x.transpose(1, 2), rope).transpose(1, 2) for x in (q, k)]
+    two_passes = with_gradients(attend_on_cpu(*before, v), q, k, v)
+    one_pass = with_gradients(attend_on_cpu(q, k, v, None, rope), q, k, v)
+    for mine, theirs, wanted in zip(one_pass, two_passes, exact, strict=True):
+        error, bound = ((x.double() - wanted.double()).norm() for x in (mine, theirs))
+        assert error <= bound
+        assert error <= 0.01 * wanted.double().norm()
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_a_module_gives_the_same_with_either_kernel(has_documents: bool) -> None:
+    """Rotated as it is read, or before PyTorch's kernel is called."""
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in inputs(60, 60, 16))
+    starts, positions = random_starts(2, 60, 3, 0), torch.arange(60)
+    rope = angles(60, 16)[positions - starts] if has_documents else angles(60, 16)
+    own, torchs = CausalAttention(), CausalAttention()
+    own.kernel = Kernel(is_own=True)
+    found, wanted = (
+        with_gradients(each.rotary(q, k, v, rope, each.visible(starts, positions) if has_documents else None), q, k, v)
+        for each in (own, torchs)
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert mine.shape == theirs.shape
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 4, 2), (39, 8, 2), (1, 8, 2)])
+def test_angles_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    """For it would read behind them."""
+    q, k, v = inputs(40, 40, 16)
+    with pytest.raises(ValueError, match=r"the angles have the shape .*, and not \(40, 8, 2\)"):
+        attend_on_cpu(q, k, v, None, torch.ones(shape))
 
 
 LAYOUTS = {
@@ -164,16 +235,18 @@ def threads() -> Iterator[None]:
 def test_its_bits_depend_on_no_other_row_head_or_thread() -> None:
     """So a layout that cuts rows or heads, or a machine with more cores, changes nothing."""
     q, k, v = inputs(97, 97, 16)
+    rope = angles(97, 16)
     torch.set_num_threads(1)
-    whole = with_gradients(attend_on_cpu(q, k, v), q, k, v)
+    whole = with_gradients(attend_on_cpu(q, k, v, None, rope), q, k, v)
     torch.set_num_threads(3)
-    assert all(a.equal(b) for a, b in zip(with_gradients(attend_on_cpu(q, k, v), q, k, v), whole, strict=True))
-    out = attend_on_cpu(q[1:, 2:], k[1:, 1:], v[1:, 1:])
+    again = with_gradients(attend_on_cpu(q, k, v, None, rope), q, k, v)
+    assert all(a.equal(b) for a, b in zip(again, whole, strict=True))
+    out = attend_on_cpu(q[1:, 2:], k[1:, 1:], v[1:, 1:], None, rope)
     assert out.equal(whole[0][1:, 2:])
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
     found = torch.autograd.grad(out, (q, k, v), grad)
     padded = torch.cat((torch.zeros_like(grad), grad), 1).repeat(2, 1, 1, 1)
-    wanted = torch.autograd.grad(attend_on_cpu(q, k, v), (q, k, v), padded)
+    wanted = torch.autograd.grad(attend_on_cpu(q, k, v, None, rope), (q, k, v), padded)
     assert all(a[1].equal(b[1]) for a, b in zip(found, wanted, strict=True))
 
 
@@ -181,16 +254,17 @@ def test_it_is_an_operator_as_pytorch_wants_them() -> None:
     """Schema, shapes and layouts without data, autograd and the compiler's tracing, as PyTorch itself checks them."""
     q, k, v = inputs(20, 30, 8)
     span = torch.zeros(2, 20, dtype=torch.int32), torch.full((2, 20), 25, dtype=torch.int32)
-    for visible in ((None, None), span):
+    for visible in ((None, None, None), (*span, None), (None, None, angles(30, 8)), (*span, angles(30, 8, 2))):
         torch.library.opcheck(torch.ops.titan.attention.default, (q, k, v, *visible))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
 def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
     """Inside of a function that Inductor compiles, with what comes before and behind it."""
+    rope = angles(48, 16)
 
     def function(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor) -> Tensor:
-        return attend_on_cpu(q * 2, k, v.relu(), Span(first, last)).transpose(1, 2).flatten(2)
+        return attend_on_cpu(q * 2, k, v.relu(), Span(first, last), rope).transpose(1, 2).flatten(2)
 
     q, k, v = inputs(48, 48, 16, dtype=dtype)
     span = torch.zeros(2, 48, dtype=torch.int32), torch.arange(48, dtype=torch.int32).repeat(2, 1)

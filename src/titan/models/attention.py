@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from titan.models.cpu_attention import Span, attend_on_cpu
+from titan.models.rope import apply_rope
 
 Visible = Tensor | BlockMask | Span
 """Which keys each query sees: (B, 1, Q, S) bool, in tiles, or from which to which."""
@@ -157,6 +158,8 @@ class CausalAttention(nn.Module):
 
     kernel = ANY
     """Set when parallelism is applied."""
+    has_all_keys = True
+    """Whether `forward` is given all keys that its queries may see, and queries for each."""
 
     def init_buffers(self, seq_len: int, device: torch.device | str) -> None:
         """Compute what depends on the length of sequences alone, where it is used; here there is nothing."""
@@ -172,6 +175,20 @@ class CausalAttention(nn.Module):
         if self.kernel.is_own:
             return Span(starts.int(), queries.expand(starts.shape).int())
         return visible_keys(starts, queries, torch.arange(keys, device=starts.device))
+
+    def rotary(self, q: Tensor, k: Tensor, v: Tensor, rope: Tensor, visible: Visible | None = None) -> Tensor:
+        """Attend with rotary positions: what projections give, to what the next one takes.
+
+        Shape:
+            q: (B, S, H, E). k, v: (B, S, K, E). rope: as `apply_rope` takes it. visible: as `forward` takes it. Returns
+            (B, S, H, E).
+        """
+        if self.kernel.is_own and self.has_all_keys:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            assert visible is None or isinstance(visible, Span), "`mask` makes what its kernel takes"
+            return attend_on_cpu(q, k, v, visible, rope).transpose(1, 2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return self(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible).transpose(1, 2)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
         """Attend.

@@ -1,9 +1,9 @@
-// Attention on a CPU, forward and backward, whose scores never leave the first cache.
+// Attention on a CPU, with rotary positions, forward and backward, whose scores never leave the first cache.
 //
 // Queries stand beside each other in vector registers, Q of them at a time, so that the maximum and the sum of a softmax
-// need nothing from a neighbour, and small heads fill the registers as well as large ones. Keys come in chunks: their scores, and in the
-// backward pass the gradients of those, are what is kept. All is computed in float32, whatever it is read from and
-// written to.
+// need nothing from a neighbour, and small heads fill the registers as well as large ones. Keys come in chunks: their
+// scores, and in the backward pass the gradients of those, are what is kept. All is computed in float32, whatever it is
+// read from and written to.
 //
 // Sums are over what one thread computes, or in a fixed order, so the result does not depend on the number of threads.
 //
@@ -37,6 +37,15 @@ struct Shape {
   float scale;  // of the scores
   int32_t threads;
   const int32_t *first, *last;  // (batch, query): the keys that it sees, both included; or null: causal, up to the end
+  // (position, pair, 2): cosine and sine of the angle by which a pair of a query's or key's numbers is to be rotated;
+  // null rotates none. The queries are the last positions.
+  const float* angles;
+  int64_t angles_batch;  // from one batch to the next
+
+  const float* angles_of_keys(int64_t batch) const { return angles ? angles + batch * angles_batch : nullptr; }
+  const float* angles_of_queries(int64_t batch, int64_t begin) const {
+    return angles ? angles_of_keys(batch) + (keys - queries + begin) * HEAD_SIZE : nullptr;
+  }
 };
 }
 
@@ -54,45 +63,42 @@ constexpr int W = E % WIDEST == 0 ? WIDEST : E % 8 == 0 && WIDEST > 8 ? 8 : 4;  
 constexpr int Q = 2 * W;                                                       // queries at a time
 constexpr int KEYS = 64;                                                       // keys in a chunk
 constexpr bool HAS_32_REGISTERS = WIDEST != 8;
-constexpr int TILE = HAS_32_REGISTERS && E % 8 == 0 ? 8 : 4;  // rows of a product that stays in registers, two vectors wide
+constexpr int TILE = HAS_32_REGISTERS && E % 8 == 0 ? 8 : 4;  // rows of a product in registers, two vectors wide
 static_assert(E % 4 == 0);
 
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t Int __attribute__((vector_size(4 * W)));
+typedef uint32_t UInt __attribute__((vector_size(4 * W)));
 typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t UnalignedInt __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t UnalignedHalf __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LEAST = -1e30f;   // less than any maximum
-constexpr float HIDDEN = -3e38f;  // less than that, scaled too, so that a query which sees nothing of a chunk adds nothing
+constexpr float HIDDEN = -3e38f;  // less than that, scaled too: a query that sees nothing of a chunk adds nothing
 
-inline float widen(float x) { return x; }
-
-inline float widen(uint16_t x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline void write(float x, float* to) { *to = x; }
-
-inline void write(float x, uint16_t* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  // to the nearest, ties to even; what is not a number would round to infinity
-  *to = x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
+inline Vec all(float x) { return x - Vec{}; }
 inline Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
 inline Int load(const int32_t* from) { return *reinterpret_cast<const UnalignedInt*>(from); }
+
+inline Vec load(const uint16_t* from) {
+  const UnalignedHalf bits = *reinterpret_cast<const UnalignedHalf*>(from);
+  return (Vec)(__builtin_convertvector(bits, UInt) << 16);
+}
+
 inline void store(float* to, Vec x) { *reinterpret_cast<Unaligned*>(to) = x; }
+
+// To the nearest bfloat16, ties to even; what is not a number would round to infinity.
+inline void store(uint16_t* to, Vec x) {
+  const UInt bits = (UInt)x, rounded = x == x ? bits + 0x7fff + (bits >> 16 & 1) : (UInt)all(__builtin_nanf(""));
+  *reinterpret_cast<UnalignedHalf*>(to) = __builtin_convertvector(rounded >> 16, UnalignedHalf);
+}
+
 inline void add(float* to, Vec x) { store(to, load(to) + x); }
-inline Vec all(float x) { return x - Vec{}; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// 2^x for x <= 0, with a relative error of 2e-7. A weight of less than 2^-64 beside one of 1 is 0: it changes nothing, and
-// its products would be denormal, which costs a hundred times as much.
+// 2^x for x <= 0, with a relative error of 2e-7. A weight of less than 2^-64 beside one of 1 is 0: it changes nothing,
+// and its products would be denormal, which costs a hundred times as much.
 inline Vec exp2(Vec x) {
   const Vec round = all(12582912.f);  // 1.5 * 2^23: what is added to it is rounded to a whole number in its last bits
   const Vec shifted = x + round;
@@ -111,19 +117,24 @@ using Indices = std::integer_sequence<int, i...>;
 template <int n>
 using Count = std::make_integer_sequence<int, n>;
 
+// Numbers of two vectors, counted on from the first to the second.
+template <int... from>
+inline Vec shuffle(Vec a, Vec b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, from...);
+#else
+  return __builtin_shuffle(a, b, Int{from...});
+#endif
+}
+
 // The transpose of a tile: exchange its off-diagonal halves, then those of each quarter, down to single numbers.
 template <int s, int... lane>
 inline void transpose_tile(Vec (&rows)[W], Indices<lane...> lanes) {
   for (int i = 0; i < W; i++) {
     if (i & s) continue;
     const Vec a = rows[i], b = rows[i + s];
-#ifdef __clang__
-    rows[i] = __builtin_shufflevector(a, b, (lane & s ? W + lane - s : lane)...);
-    rows[i + s] = __builtin_shufflevector(a, b, (lane & s ? W + lane : lane + s)...);
-#else
-    rows[i] = __builtin_shuffle(a, b, Int{(lane & s ? W + lane - s : lane)...});
-    rows[i + s] = __builtin_shuffle(a, b, Int{(lane & s ? W + lane : lane + s)...});
-#endif
+    rows[i] = shuffle<(lane & s ? W + lane - s : lane)...>(a, b);
+    rows[i + s] = shuffle<(lane & s ? W + lane : lane + s)...>(a, b);
   }
   if constexpr (s > 1) transpose_tile<s / 2>(rows, lanes);
 }
@@ -150,71 +161,77 @@ struct Buffer {
   float* const data;
 };
 
-// Keys or values of a head: [j][e].
-struct Rows : Buffer {
-  explicit Rows(int64_t count) : Buffer(count * E) {}
-
-  void read(const Tensor& from, int64_t batch, int64_t head) {
-    const Number* x = from.data + batch * from.batch + head * from.head;
-    for (int64_t j = 0; j < size; j += E, x += from.position)
-      for (int e = 0; e < E; e++) data[j + e] = widen(x[e]);
-  }
-};
-
-// Queries of a block, or what belongs to them: natural [i][e], and turned [e][i].
-struct Columns {
-  alignas(64) float natural[Q * E];
-  alignas(64) float turned[E * Q];
-
-  void read(const Tensor& from, int64_t batch, int64_t head, int64_t position, int count) {
-    const Number* x = from.data + batch * from.batch + head * from.head + position * from.position;
-    for (int i = 0; i < count; i++, x += from.position)
-      for (int e = 0; e < E; e++) natural[i * E + e] = widen(x[e]);
-    std::fill(natural + count * E, natural + Q * E, 0.f);
-    transpose<Q, E>(natural, turned);
-  }
-};
-
-void write_all(const float* rows, int64_t count, float factor, const Tensor& to, int64_t batch, int64_t head,
-               int64_t position) {
-  Number* x = to.data + batch * to.batch + head * to.head + position * to.position;
-  for (int64_t i = 0; i < count; i++, x += to.position)
-    for (int e = 0; e < E; e++) write(rows[i * E + e] * factor, x + e);
+// Some pairs of numbers, each rotated by its angle: forward, or back where `direction` is -1.
+template <int... lane>
+inline Vec rotate(Vec x, const float* angles, float direction, Indices<lane...>) {
+  const Vec angle = load(angles), signs = {(lane & 1 ? direction : -direction)...};
+  const Vec cosine = shuffle<(lane & ~1)...>(angle, angle), sine = shuffle<(lane | 1)...>(angle, angle);
+  return x * cosine + shuffle<(lane ^ 1)...>(x, x) * (sine * signs);
 }
 
-// The number of rows of a product is a parameter pack, for only variables of their own stay in registers. It is summed up
-// there from 0 and then added: long sums lose less that way.
+// One position of a head after another, widened, and rotated unless `angles`, those of the first position, are null.
+inline void read_rows(const Tensor& from, int64_t batch, int64_t head, int64_t position, int64_t count,
+                      const float* angles, float* to) {
+  const Number* x = from.data + batch * from.batch + head * from.head + position * from.position;
+  for (int64_t i = 0; i < count; i++, x += from.position, to += E)
+    for (int e = 0; e < E; e += W)
+      store(to + e, angles ? rotate(load(x + e), angles + i * E + e, 1, Count<W>{}) : load(x + e));
+}
+
+// The other way, for gradients of what was rotated: they are rotated back.
+inline void write_rows(const float* from, int64_t count, float factor, const float* angles, const Tensor& to,
+                       int64_t batch, int64_t head, int64_t position) {
+  Number* x = to.data + batch * to.batch + head * to.head + position * to.position;
+  for (int64_t i = 0; i < count; i++, x += to.position, from += E)
+    for (int e = 0; e < E; e += W)
+      store(x + e, (angles ? rotate(load(from + e), angles + i * E + e, -1, Count<W>{}) : load(from + e)) * factor);
+}
+
+// Queries of a block, or what belongs to them: natural [i][e], and transposed [e][i].
+struct Columns {
+  alignas(64) float natural[Q * E];
+  alignas(64) float transposed[E * Q];
+
+  void read(const Tensor& from, int64_t batch, int64_t head, int64_t position, int count, const float* angles) {
+    read_rows(from, batch, head, position, count, angles, natural);
+    std::fill(natural + count * E, natural + Q * E, 0.f);
+    transpose<Q, E>(natural, transposed);
+  }
+};
+
+// The number of rows of a product is a parameter pack, for only variables of their own stay in registers. It is summed
+// up there from 0 and then added: long sums lose less that way.
 
 template <int... j>
-inline void multiply_rows(const float* rows, const float* turned, float* out, Indices<j...>) {
+inline void multiply_rows(const float* rows, const float* transposed, float* out, Indices<j...>) {
   Vec a[]{(j, Vec{})...}, b[]{(j, Vec{})...};
   for (int e = 0; e < E; e++) {
-    const Vec x = load(turned + e * Q), y = load(turned + e * Q + W);
+    const Vec x = load(transposed + e * Q), y = load(transposed + e * Q + W);
     ((a[j] += all(rows[j * E + e]) * x, b[j] += all(rows[j * E + e]) * y), ...);
   }
   ((store(out + j * Q, a[j]), store(out + j * Q + W, b[j])), ...);
 }
 
-// out[j][i] = sum over e of rows[j][e] * turned[e][i]
-inline void multiply(const float* rows, const float* turned, int count, float* out) {
+// out[j][i] = sum over e of rows[j][e] * transposed[e][i]
+inline void multiply(const float* rows, const float* transposed, int count, float* out) {
   int j = 0;
-  for (; j + TILE <= count; j += TILE) multiply_rows(rows + j * E, turned, out + j * Q, Count<TILE>{});
-  for (; j < count; j++) multiply_rows(rows + j * E, turned, out + j * Q, Count<1>{});
+  for (; j + TILE <= count; j += TILE) multiply_rows(rows + j * E, transposed, out + j * Q, Count<TILE>{});
+  for (; j < count; j++) multiply_rows(rows + j * E, transposed, out + j * Q, Count<1>{});
 }
 
 template <int... e>
-inline void add_rows_over_keys(const float* rows, const float* p, int count, float* turned, Indices<e...>) {
+inline void add_rows_over_keys(const float* rows, const float* p, int count, float* transposed, Indices<e...>) {
   Vec a[]{(e, Vec{})...}, b[]{(e, Vec{})...};
   for (int j = 0; j < count; j++) {
     const Vec x = load(p + j * Q), y = load(p + j * Q + W);
     ((a[e] += all(rows[j * E + e]) * x, b[e] += all(rows[j * E + e]) * y), ...);
   }
-  ((add(turned + e * Q, a[e]), add(turned + e * Q + W, b[e])), ...);
+  ((add(transposed + e * Q, a[e]), add(transposed + e * Q + W, b[e])), ...);
 }
 
-// turned[e][i] += sum over keys j of rows[j][e] * p[j][i]
-inline void add_over_keys(const float* rows, const float* p, int count, float* turned) {
-  for (int e = 0; e < E; e += TILE) add_rows_over_keys(rows + e, p, count, turned + e * Q, Count<TILE>{});
+// transposed[e][i] += sum over keys j of rows[j][e] * p[j][i]
+inline void add_over_keys(const float* rows, const float* p, int count, float* transposed) {
+  for (int e = 0; e < E; e += TILE) add_rows_over_keys(rows + e, p, count, transposed + e * Q, Count<TILE>{});
 }
 
 template <int... j>
@@ -302,23 +319,23 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
   const float factor = shape->scale * LOG2_E;
 #pragma omp parallel num_threads(shape->threads)
   {
-    Rows keys(shape->keys), values(shape->keys);
+    Buffer keys(shape->keys * E), values(shape->keys * E);
     Columns queries;
     alignas(64) float result[E * Q], natural[Q * E], p[KEYS * Q], totals[Q], tops[Q];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < groups * parts; task++) {
       const int64_t group = task / parts, batch = group / shape->kv_heads, kv_head = group % shape->kv_heads;
-      keys.read(*k, batch, kv_head);
-      values.read(*v, batch, kv_head);
+      read_rows(*k, batch, kv_head, 0, shape->keys, shape->angles_of_keys(batch), keys.data);
+      read_rows(*v, batch, kv_head, 0, shape->keys, nullptr, values.data);
       for (int64_t head = kv_head * share; head < (kv_head + 1) * share; head++)
         for (int64_t i = task % parts; i < blocks; i += parts) {
           const Block block(*shape, batch, i * Q);
-          queries.read(*q, batch, head, block.begin, block.count);
+          queries.read(*q, batch, head, block.begin, block.count, shape->angles_of_queries(batch, block.begin));
           std::fill(result, result + E * Q, 0.f);
           Vec top[2] = {all(LEAST), all(LEAST)}, total[2] = {};
           for (int64_t key = block.low; key < block.high; key += KEYS) {
             const int count = std::min<int64_t>(KEYS, block.high - key);
-            multiply(keys.data + key * E, queries.turned, count, p);
+            multiply(keys.data + key * E, queries.transposed, count, p);
             block.hide(p, key, count);
             for (int half = 0; half < 2; half++) {
               float* x = p + half * W;
@@ -346,7 +363,7 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
             sums[(batch * shape->heads + head) * shape->queries + block.begin + i] =
                 totals[i] == 0 ? -LEAST : tops[i] + std::log2(totals[i]);
           transpose<E, Q>(result, natural);
-          write_all(natural, block.count, 1, *out, batch, head, block.begin);
+          write_rows(natural, block.count, 1, nullptr, *out, batch, head, block.begin);
         }
     }
   }
@@ -362,36 +379,37 @@ void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, co
   Buffer shares(share > 1 ? shape->batches * shape->heads * 2 * size : 0);
 #pragma omp parallel num_threads(shape->threads)
   {
-    Rows keys(shape->keys), values(shape->keys);
+    Buffer keys(shape->keys * E), values(shape->keys * E);
     Columns queries, grads, outs;
     Buffer own(share > 1 ? 0 : 2 * size);
     alignas(64) float result[E * Q], natural[Q * E], p[KEYS * Q], p_grad[KEYS * Q], sum[Q], mean[Q];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < shape->batches * shape->heads; task++) {
       const int64_t batch = task / shape->heads, head = task % shape->heads, kv_head = head / share;
-      keys.read(*k, batch, kv_head);
-      values.read(*v, batch, kv_head);
+      read_rows(*k, batch, kv_head, 0, shape->keys, shape->angles_of_keys(batch), keys.data);
+      read_rows(*v, batch, kv_head, 0, shape->keys, nullptr, values.data);
       float* keys_grad = share > 1 ? shares.data + task * 2 * size : own.data;
       float* values_grad = keys_grad + size;
       std::fill(keys_grad, keys_grad + 2 * size, 0.f);
       for (int64_t begin = 0; begin < shape->queries; begin += Q) {
         const Block block(*shape, batch, begin);
-        queries.read(*q, batch, head, begin, block.count);
-        grads.read(*grad, batch, head, begin, block.count);
-        outs.read(*out, batch, head, begin, block.count);
+        const float* angles = shape->angles_of_queries(batch, begin);
+        queries.read(*q, batch, head, begin, block.count, angles);
+        grads.read(*grad, batch, head, begin, block.count, nullptr);
+        outs.read(*out, batch, head, begin, block.count, nullptr);
         for (int i = 0; i < Q; i++)
           sum[i] = i < block.count ? sums[(batch * shape->heads + head) * shape->queries + begin + i] : -LEAST;
         for (int half = 0; half < Q; half += W) {
           Vec means{};  // of the weights' gradients, which the softmax takes away
-          for (int e = half; e < E * Q; e += Q) means += load(grads.turned + e) * load(outs.turned + e);
+          for (int e = half; e < E * Q; e += Q) means += load(grads.transposed + e) * load(outs.transposed + e);
           store(mean + half, means);
         }
         std::fill(result, result + E * Q, 0.f);
         for (int64_t key = block.low; key < block.high; key += KEYS) {
           const int count = std::min<int64_t>(KEYS, block.high - key);
-          multiply(keys.data + key * E, queries.turned, count, p);
+          multiply(keys.data + key * E, queries.transposed, count, p);
           block.hide(p, key, count);
-          multiply(values.data + key * E, grads.turned, count, p_grad);
+          multiply(values.data + key * E, grads.transposed, count, p_grad);
           for (int half = 0; half < Q; half += W)
             for (int j = half; j < count * Q; j += Q) {
               const Vec weight = exp2(load(p + j) * factor - load(sum + half));
@@ -403,11 +421,11 @@ void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, co
           add_over_queries(p, grads.natural, count, values_grad + key * E);
         }
         transpose<E, Q>(result, natural);
-        write_all(natural, block.count, shape->scale, *grad_q, batch, head, begin);
+        write_rows(natural, block.count, shape->scale, angles, *grad_q, batch, head, begin);
       }
       if (share == 1) {
-        write_all(keys_grad, shape->keys, shape->scale, *grad_k, batch, kv_head, 0);
-        write_all(values_grad, shape->keys, 1, *grad_v, batch, kv_head, 0);
+        write_rows(keys_grad, shape->keys, shape->scale, shape->angles_of_keys(batch), *grad_k, batch, kv_head, 0);
+        write_rows(values_grad, shape->keys, 1, nullptr, *grad_v, batch, kv_head, 0);
       }
     }
 #pragma omp for
@@ -416,8 +434,8 @@ void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, co
       float* total = shares.data + group * share * 2 * size;
       for (int64_t head = 1; head < share; head++)
         for (int64_t i = 0; i < 2 * size; i++) total[i] += total[head * 2 * size + i];
-      write_all(total, shape->keys, shape->scale, *grad_k, batch, kv_head, 0);
-      write_all(total + size, shape->keys, 1, *grad_v, batch, kv_head, 0);
+      write_rows(total, shape->keys, shape->scale, shape->angles_of_keys(batch), *grad_k, batch, kv_head, 0);
+      write_rows(total + size, shape->keys, 1, nullptr, *grad_v, batch, kv_head, 0);
     }
   }
 }

@@ -42,6 +42,8 @@ class _Shape(ctypes.Structure):
         ("threads", ctypes.c_int32),
         ("first", ctypes.c_void_p),
         ("last", ctypes.c_void_p),
+        ("angles", ctypes.c_void_p),
+        ("angles_batch", ctypes.c_int64),
     ]
 
 
@@ -58,30 +60,42 @@ def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
     defined = {"HEAD_SIZE": head_size, "IS_BFLOAT16": dtype is torch.bfloat16}
     lines = [f"#define {name} {int(value)}\n" for name, value in defined.items()]
     source = "".join(lines) + Path(__file__).with_suffix(".cpp").read_text()
-    # The compiler's own code is neither vectorized by loops nor contracted, for it does both itself.
-    return CppCodeCache.load(source, extra_flags=("-ffp-contract=fast", "-ftree-loop-vectorize"))
+    # The compiler's own code is not contracted, for it chooses what is multiplied and added in one.
+    return CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
 
 
-def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Span | None = None) -> Tensor:
+def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Span | None = None, rope: Tensor | None = None) -> Tensor:
     """Return attention; without `visible` causal, of queries that stand at the end of the keys.
 
     A query that sees nothing gives zeros.
 
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        visible: The keys that each query sees.
+        rope: The angles by which queries and keys are to be rotated before, as `apply_rope` does it, where that has not
+            been done. It is done in float32 as they are read, so that nothing is written and read again, or rounded.
+
     Shape:
         q: (B, H, Q, E), E a multiple of 4. k, v: (B, K, S, E), K divides H. All float32, or all bfloat16, on a CPU.
-        Returns (B, H, Q, E).
+        rope: (S, E/2, 2), or (B, S, E/2, 2) where rows have positions of their own; float32. Returns (B, H, Q, E).
     """
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise TypeError(f"queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}; all float32 or all bfloat16")
+    if rope is not None and rope.shape[-3:] != (wanted := (k.shape[2], k.shape[3] // 2, 2)):
+        raise ValueError(f"the angles have the shape {tuple(rope.shape)}, and not {wanted} for these keys")
     first, last = visible or (None, None)
-    return torch.ops.titan.attention(q, k, v, first, last)[0]
+    return torch.ops.titan.attention(q, k, v, first, last, rope)[0]
 
 
 @torch.library.custom_op("titan::attention", mutates_args=(), device_types="cpu")
-def _attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, last: Tensor | None, rope: Tensor | None
+) -> tuple[Tensor, Tensor]:
     q, k, v = _rowwise(q), _rowwise(k), _rowwise(v)
     out, sums = _results(q)
-    shape, kept = _shape(q, k, first, last)
+    shape, kept = _shape(q, k, first, last, rope)
     kernel = compile_kernel(q.shape[3], q.dtype)
     kernel.attention_forward(shape, *map(_view, (q, k, v, out)), ctypes.c_void_p(sums.data_ptr()))
     del kept
@@ -98,10 +112,11 @@ def _attention_backward(
     sums: Tensor,
     first: Tensor | None,
     last: Tensor | None,
+    rope: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, grad = (_rowwise(x) for x in (q, k, v, out, grad))
     grads = _gradients(q, k, v)
-    shape, kept = _shape(q, k, first, last)
+    shape, kept = _shape(q, k, first, last, rope)
     sums = sums.contiguous()
     kernel = compile_kernel(q.shape[3], q.dtype)
     kernel.attention_backward(
@@ -132,10 +147,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor | None, grad_sums: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return None, None, None, None, None
-    q, k, v, out, sums, first, last = ctx.saved_tensors
-    grads = torch.ops.titan.attention_backward(grad, q, k, v, out, sums, first, last)
-    return *grads, None, None
+        return (None,) * 6
+    grads = torch.ops.titan.attention_backward(grad, *ctx.saved_tensors)
+    return *grads, None, None, None
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)
@@ -165,14 +179,15 @@ def _view(x: Tensor) -> Any:
     return ctypes.byref(_View(x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)))
 
 
-def _shape(q: Tensor, k: Tensor, first: Tensor | None, last: Tensor | None) -> tuple[Any, Any]:
+def _shape(q: Tensor, k: Tensor, first: Tensor | None, last: Tensor | None, rope: Tensor | None) -> tuple[Any, Any]:
     """Return the shape, and what has to live as long as it is used."""
-    kept = [None if x is None else x.contiguous() for x in (first, last)]
+    kept = [None if x is None else x.contiguous() for x in (first, last, rope)]
     batches, heads, queries, head_size = q.shape
     return ctypes.byref(
         _Shape(
             *(batches, heads, k.shape[1], queries, k.shape[2]),
             *(head_size**-0.5, torch.get_num_threads()),
             *(None if x is None else x.data_ptr() for x in kept),
+            kept[2].stride(0) if kept[2] is not None and kept[2].ndim == 4 else 0,
         )
     ), kept

@@ -18,7 +18,6 @@ from titan.models.family import Cut, ModelFamily
 from titan.models.flops import count_parameters, flops_per_token
 from titan.models.init import parameter_draw
 from titan.models.linear import Linear
-from titan.models.rope import apply_rope
 
 
 class Attention(nn.Module):
@@ -37,15 +36,13 @@ class Attention(nn.Module):
         """Mix positions.
 
         Shape:
-            x: (B, S, D) -> (B, S, D). rope: as `apply_rope` takes it. visible: as `inner` takes it.
+            x: (B, S, D) -> (B, S, D). rope, visible: as `inner.rotary` takes them.
         """
         # -1 and not n_heads: a tensor-parallel rank has only some of the heads.
         q = self.wq(x).unflatten(-1, (-1, self.head_size))
         k = self.wk(x).unflatten(-1, (-1, self.head_size))
         v = self.wv(x).unflatten(-1, (-1, self.head_size))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        mixed = self.inner(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible)
-        return self.wo(mixed.transpose(1, 2).flatten(-2))
+        return self.wo(self.inner.rotary(q, k, v, rope, visible).flatten(-2))
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,7 @@
-"""torch.compile, one transformer block at a time: the blocks are alike, so one compilation serves them all."""
+"""torch.compile, one transformer block at a time: the blocks are alike, so one compilation serves them all.
+
+The last norm and the loss are compiled too, each by itself.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from titan.parallel.tensor import unwrap_weights_before
 def apply_compile(
     model: Decoder, config: CompileConfig, memory_budget: float = 1.0, async_group: dist.ProcessGroup | None = None
 ) -> None:
-    """Compile every block in place, and the loss. After activation checkpointing, so that it lies inside the graph.
+    """Compile every block, the last norm and the loss, in place. After activation checkpointing, which graphs contain.
 
     What is compiled is `forward` and not the call, so that the hooks of FSDP and of tensor parallelism stay outside.
 
@@ -42,9 +45,10 @@ def apply_compile(
         mode = None if config.mode is CompileMode.default else config.mode.value
         return torch.compile(function, backend=config.backend, mode=mode, dynamic=config.dynamic, fullgraph=True)
 
-    for block in model.layers.values():
-        unwrap_weights_before(block)
-        block.forward = compiled(block.forward)  # type: ignore[method-assign]
+    last = () if model.norm is None else (model.norm,)  # which is several passes on a CPU
+    for module in (*model.layers.values(), *last):
+        unwrap_weights_before(module)
+        module.forward = compiled(module.forward)  # type: ignore[method-assign]
     if config.loss:
         compile_loss(model, compiled)
 
