@@ -39,8 +39,6 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks see different rows."""
 CPU_HEAD_MULTIPLE = 4
 """Heads of titan's own attention for CPUs have a multiple of so many numbers."""
-_LARGEST_CPU_HEAD_IN_16_BITS = 64
-"""PyTorch's attention is the faster one for larger heads in bfloat16, where a CPU has units for it."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,6 @@ def choose_attention(config: TitanConfig) -> Attention:
         config.training.attention is Attention.default
         and compiles_for_cpu(config)
         and head_size % CPU_HEAD_MULTIPLE == 0
-        and (config.training.param_dtype is Dtype.float32 or head_size <= _LARGEST_CPU_HEAD_IN_16_BITS)
         and not has_ring(config.parallelism)
     )
     return Attention.cpu if takes_own else config.training.attention

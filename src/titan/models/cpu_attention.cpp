@@ -3,13 +3,15 @@
 // Queries stand beside each other in vector registers, Q of them at a time, so that the maximum and the sum of a softmax
 // need nothing from a neighbour, and small heads fill the registers as well as large ones. Keys come in chunks: their
 // scores, and in the backward pass the gradients of those, are what is kept. All is computed in float32, whatever it is
-// read from and written to.
+// read from and written to; but where a CPU multiplies bfloat16 in tiles (AMX), the products of that format are taken
+// there, of factors rounded to it (weights, their gradients, and what was rotated), and summed up in float32.
 //
 // Sums are over what one thread computes, or in a fixed order, so the result does not depend on the number of threads.
 //
 // Source: FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 //
-// Compiled once for each head size and number format, with HEAD_SIZE and IS_BFLOAT16 defined before.
+// Compiled once for each head size and number format, with HEAD_SIZE and IS_BFLOAT16 defined before, and HAS_TILES:
+// whether this process may use them.
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +19,11 @@
 #include <cstring>
 #include <new>
 #include <utility>
+
+#if IS_BFLOAT16 && HAS_TILES && HEAD_SIZE % 16 == 0 && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define IN_TILES 1
+#include <immintrin.h>
+#endif
 
 extern "C" {
 
@@ -63,7 +70,7 @@ constexpr int W = E % WIDEST == 0 ? WIDEST : E % 8 == 0 && WIDEST > 8 ? 8 : 4;  
 constexpr int Q = 2 * W;                                                       // queries at a time
 constexpr int KEYS = 64;                                                       // keys in a chunk
 constexpr bool HAS_32_REGISTERS = WIDEST != 8;
-constexpr int TILE = HAS_32_REGISTERS && E % 8 == 0 ? 8 : 4;  // rows of a product in registers, two vectors wide
+constexpr int HEIGHT = HAS_32_REGISTERS && E % 8 == 0 ? 8 : 4;  // rows of a product in registers, two vectors wide
 static_assert(E % 4 == 0);
 
 typedef float Vec __attribute__((vector_size(4 * W)));
@@ -187,6 +194,185 @@ inline void write_rows(const float* from, int64_t count, float factor, const flo
       store(x + e, (angles ? rotate(load(from + e), angles + i * E + e, -1, Count<W>{}) : load(from + e)) * factor);
 }
 
+#if IN_TILES
+
+// A tile has 16 rows of 64 bytes: of 16 numbers in float32, or of 32 in bfloat16. What is multiplied from the right has
+// two rows of a matrix in each of its own: their numbers in pairs.
+constexpr int PADDED = (E + 31) / 32 * 32;  // the numbers of a head that is summed over
+constexpr int SPARE = 16;                   // rows, for what is written in whole tiles
+
+// For as long as it lives, this thread has whole tiles.
+struct Tiles {
+  Tiles() {
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    _tile_loadconfig(config);
+  }
+  Tiles(const Tiles&) = delete;
+  ~Tiles() { _tile_release(); }
+};
+
+inline void store_rounded(uint16_t* to, Vec x) {
+  *reinterpret_cast<__m256i*>(to) = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+}
+
+// Two rows, one behind the other.
+inline __m512i round_both(Vec first, Vec second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
+// The same as one of pairs.
+template <int... i>
+inline __m512i interleave(__m512i rows, std::integer_sequence<int, i...>) {
+  typedef int16_t Halves __attribute__((vector_size(64)));
+  return _mm512_permutexvar_epi16((__m512i)Halves{(i / 2 + i % 2 * 16)...}, rows);
+}
+
+// c = a b, or c += a b: of high x wide tiles. The distances between rows are in bytes.
+template <int high, int wide>
+inline void multiply_tiles(const uint16_t* a, int64_t row_a, const uint16_t* b, int64_t row_b, float* c, int64_t row_c,
+                           int depth, bool is_sum) {
+  float* below = c + 16 * row_c / sizeof *c;
+  if (is_sum) {
+    _tile_loadd(0, c, row_c);
+    if constexpr (wide > 1) _tile_loadd(1, c + 16, row_c);
+    if constexpr (high > 1) _tile_loadd(2, below, row_c);
+    if constexpr (high > 1 && wide > 1) _tile_loadd(3, below + 16, row_c);
+  } else {
+    _tile_zero(0);
+    if constexpr (wide > 1) _tile_zero(1);
+    if constexpr (high > 1) _tile_zero(2);
+    if constexpr (high > 1 && wide > 1) _tile_zero(3);
+  }
+  for (int k = 0; k < depth; k++, a += 32, b += 16 * row_b / sizeof *b) {
+    _tile_loadd(4, a, row_a);
+    _tile_loadd(6, b, row_b);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (wide > 1) {
+      _tile_loadd(7, b + 32, row_b);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (high > 1) {
+      _tile_loadd(5, a + 16 * row_a / sizeof *a, row_a);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (wide > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, row_c);
+  if constexpr (wide > 1) _tile_stored(1, c + 16, row_c);
+  if constexpr (high > 1) _tile_stored(2, below, row_c);
+  if constexpr (high > 1 && wide > 1) _tile_stored(3, below + 16, row_c);
+}
+
+// The same for `rows` rows, in whole tiles, and `wide` tiles beside each other.
+template <int wide>
+inline void multiply_matrix(const uint16_t* a, int64_t row_a, const uint16_t* b, int64_t row_b, float* c, int64_t row_c,
+                            int rows, int depth, bool is_sum) {
+  asm volatile("" ::: "memory");  // what loads a tile does not tell the compiler that it reads memory
+  if constexpr (wide > 2) {
+    multiply_matrix<2>(a, row_a, b, row_b, c, row_c, rows, depth, is_sum);
+    multiply_matrix<wide - 2>(a, row_a, b + 64, row_b, c + 32, row_c, rows, depth, is_sum);
+  } else {
+    for (; rows > 16; rows -= 32, a += 32 * row_a / sizeof *a, c += 32 * row_c / sizeof *c)
+      multiply_tiles<2, wide>(a, row_a, b, row_b, c, row_c, depth, is_sum);
+    if (rows > 0) multiply_tiles<1, wide>(a, row_a, b, row_b, c, row_c, depth, is_sum);
+  }
+  asm volatile("" ::: "memory");
+}
+
+// Queries of a block, or what belongs to them: natural [i][e], and in pairs of a query's numbers [e/2][i][2], or of
+// queries [i/2][e][2].
+struct Columns {
+  alignas(64) float natural[Q * E];
+  alignas(64) uint16_t by_number[PADDED * Q];
+  alignas(64) uint16_t by_query[Q * E];
+
+  void read(const Tensor& from, int64_t batch, int64_t head, int64_t position, int count, const float* angles) {
+    alignas(64) uint16_t rounded[Q * PADDED] = {};
+    read_rows(from, batch, head, position, count, angles, natural);
+    std::fill(natural + count * E, natural + Q * E, 0.f);
+    for (int i = 0; i < Q; i++)
+      for (int e = 0; e < E; e += W) store_rounded(rounded + i * PADDED + e, load(natural + i * E + e));
+    transpose<Q, PADDED / 2>(reinterpret_cast<float*>(rounded), reinterpret_cast<float*>(by_number));
+  }
+
+  void pair() {
+    for (int i = 0; i < Q; i += 2)
+      for (int e = 0; e < E; e += W) {
+        const __m512i both = round_both(load(natural + i * E + e), load(natural + (i + 1) * E + e));
+        _mm512_store_si512(by_query + i * E + 2 * e, interleave(both, Count<32>{}));
+      }
+  }
+};
+
+// Keys or values of a head: natural [j][e], and turned [e][j].
+struct Rows {
+  explicit Rows(int64_t count)
+      : count(count), row((count + 63) / 32 * 32), natural((count + SPARE) * PADDED / 2), turned(E * row / 2) {
+    std::fill(natural.data, natural.data + natural.size, 0.f);
+    std::fill(turned.data, turned.data + turned.size, 0.f);
+  }
+  const int64_t count, row;
+  Buffer natural, turned;
+
+  uint16_t* at(int64_t j) const { return reinterpret_cast<uint16_t*>(natural.data) + j * PADDED; }
+  uint16_t* turned_at(int64_t j) const { return reinterpret_cast<uint16_t*>(turned.data) + j; }
+
+  void read(const Tensor& from, int64_t batch, int64_t head, const float* angles) {
+    alignas(64) float wide[E];
+    for (int64_t j = 0; j < count; j++) {
+      read_rows(from, batch, head, j, 1, angles ? angles + j * E : nullptr, wide);
+      for (int e = 0; e < E; e += W) store_rounded(at(j) + e, load(wide + e));
+    }
+  }
+
+  void turn() {
+    for (int64_t j = 0; j < count; j += W)
+      for (int e = 0; e < E; e += W) {
+        Vec rows[W] = {};
+        for (int r = 0; r < std::min<int64_t>(W, count - j); r++) rows[r] = load(at(j + r) + e);
+        transpose_tile<W / 2>(rows, Count<W>{});
+        for (int r = 0; r < W; r++) store_rounded(turned_at(j) + (e + r) * row, rows[r]);
+      }
+  }
+};
+
+// A number for each query and some keys: [j][i], rounded too, and in pairs of keys [j/2][i][2].
+struct Scores {
+  alignas(64) float numbers[KEYS * Q];
+  alignas(64) uint16_t rounded[KEYS * Q];
+  alignas(64) uint16_t by_key[KEYS * Q];
+
+  template <bool to_rows, bool to_pairs>
+  void round(int count) {
+    const int whole = (count + 31) / 32 * 32;
+    std::fill(numbers + count * Q, numbers + whole * Q, 0.f);
+    for (int j = 0; j < whole; j += 2)
+      for (int i = 0; i < Q; i += W) {
+        const __m512i both = round_both(load(numbers + j * Q + i), load(numbers + (j + 1) * Q + i));
+        if constexpr (to_rows) {
+          _mm256_store_si256((__m256i*)(rounded + j * Q + i), _mm512_castsi512_si256(both));
+          _mm256_store_si256((__m256i*)(rounded + (j + 1) * Q + i), _mm512_extracti64x4_epi64(both, 1));
+        }
+        if constexpr (to_pairs) _mm512_store_si512(by_key + j * Q + 2 * i, interleave(both, Count<32>{}));
+      }
+  }
+};
+
+inline void multiply(const Rows& rows, int64_t key, const Columns& columns, int count, Scores& out) {
+  multiply_matrix<2>(rows.at(key), 2 * PADDED, columns.by_number, 4 * Q, out.numbers, 4 * Q, count, PADDED / 32, false);
+}
+
+inline void add_over_keys(const Rows& rows, int64_t key, const Scores& p, int count, float* transposed) {
+  multiply_matrix<2>(rows.turned_at(key), 2 * rows.row, p.by_key, 4 * Q, transposed, 4 * Q, E, (count + 31) / 32, true);
+}
+
+inline void add_over_queries(const Scores& p, const Columns& columns, int count, float* out) {
+  multiply_matrix<E / 16>(p.rounded, 2 * Q, columns.by_query, 4 * E, out, 4 * E, count, 1, true);
+}
+
+#else
+
 // Queries of a block, or what belongs to them: natural [i][e], and transposed [e][i].
 struct Columns {
   alignas(64) float natural[Q * E];
@@ -197,7 +383,32 @@ struct Columns {
     std::fill(natural + count * E, natural + Q * E, 0.f);
     transpose<Q, E>(natural, transposed);
   }
+
+  void pair() {}
 };
+
+// Keys or values of a head: [j][e].
+struct Rows : Buffer {
+  explicit Rows(int64_t count) : Buffer(count * E), count(count) {}
+  const int64_t count;
+
+  void read(const Tensor& from, int64_t batch, int64_t head, const float* angles) {
+    read_rows(from, batch, head, 0, count, angles, data);
+  }
+
+  void turn() {}
+};
+
+// A number for each query and some keys: [j][i].
+struct Scores {
+  alignas(64) float numbers[KEYS * Q];
+
+  template <bool to_rows, bool to_pairs>
+  void round(int count) {}
+};
+
+struct Tiles {};
+constexpr int SPARE = 0;
 
 // The number of rows of a product is a parameter pack, for only variables of their own stay in registers. It is summed
 // up there from 0 and then added: long sums lose less that way.
@@ -213,10 +424,12 @@ inline void multiply_rows(const float* rows, const float* transposed, float* out
 }
 
 // out[j][i] = sum over e of rows[j][e] * transposed[e][i]
-inline void multiply(const float* rows, const float* transposed, int count, float* out) {
+inline void multiply(const Rows& rows, int64_t key, const Columns& columns, int count, Scores& out) {
+  const float* row = rows.data + key * E;
   int j = 0;
-  for (; j + TILE <= count; j += TILE) multiply_rows(rows + j * E, transposed, out + j * Q, Count<TILE>{});
-  for (; j < count; j++) multiply_rows(rows + j * E, transposed, out + j * Q, Count<1>{});
+  for (; j + HEIGHT <= count; j += HEIGHT)
+    multiply_rows(row + j * E, columns.transposed, out.numbers + j * Q, Count<HEIGHT>{});
+  for (; j < count; j++) multiply_rows(row + j * E, columns.transposed, out.numbers + j * Q, Count<1>{});
 }
 
 template <int... e>
@@ -230,8 +443,10 @@ inline void add_rows_over_keys(const float* rows, const float* p, int count, flo
 }
 
 // transposed[e][i] += sum over keys j of rows[j][e] * p[j][i]
-inline void add_over_keys(const float* rows, const float* p, int count, float* transposed) {
-  for (int e = 0; e < E; e += TILE) add_rows_over_keys(rows + e, p, count, transposed + e * Q, Count<TILE>{});
+inline void add_over_keys(const Rows& rows, int64_t key, const Scores& p, int count, float* transposed) {
+  const float* row = rows.data + key * E;
+  for (int e = 0; e < E; e += HEIGHT)
+    add_rows_over_keys(row + e, p.numbers, count, transposed + e * Q, Count<HEIGHT>{});
 }
 
 template <int... j>
@@ -245,14 +460,16 @@ inline void add_rows_over_queries(const float* p, const float* natural, float* o
 }
 
 // out[j][e] += sum over queries i of p[j][i] * natural[i][e]
-inline void add_over_queries(const float* p, const float* natural, int count, float* out) {
+inline void add_over_queries(const Scores& p, const Columns& columns, int count, float* out) {
   for (int e = 0; e < E; e += W) {
     int j = 0;
-    for (; j + 2 * TILE <= count; j += 2 * TILE)
-      add_rows_over_queries(p + j * Q, natural + e, out + j * E + e, Count<2 * TILE>{});
-    for (; j < count; j++) add_rows_over_queries(p + j * Q, natural + e, out + j * E + e, Count<1>{});
+    for (; j + 2 * HEIGHT <= count; j += 2 * HEIGHT)
+      add_rows_over_queries(p.numbers + j * Q, columns.natural + e, out + j * E + e, Count<2 * HEIGHT>{});
+    for (; j < count; j++) add_rows_over_queries(p.numbers + j * Q, columns.natural + e, out + j * E + e, Count<1>{});
   }
 }
+
+#endif
 
 // For each query, of the scores of some keys.
 inline Vec largest(const float* scores, int count) {
@@ -319,14 +536,17 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
   const float factor = shape->scale * LOG2_E;
 #pragma omp parallel num_threads(shape->threads)
   {
-    Buffer keys(shape->keys * E), values(shape->keys * E);
+    const Tiles tiles;
+    Rows keys(shape->keys), values(shape->keys);
     Columns queries;
-    alignas(64) float result[E * Q], natural[Q * E], p[KEYS * Q], totals[Q], tops[Q];
+    Scores p;
+    alignas(64) float result[E * Q], natural[Q * E], totals[Q], tops[Q];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < groups * parts; task++) {
       const int64_t group = task / parts, batch = group / shape->kv_heads, kv_head = group % shape->kv_heads;
-      read_rows(*k, batch, kv_head, 0, shape->keys, shape->angles_of_keys(batch), keys.data);
-      read_rows(*v, batch, kv_head, 0, shape->keys, nullptr, values.data);
+      keys.read(*k, batch, kv_head, shape->angles_of_keys(batch));
+      values.read(*v, batch, kv_head, nullptr);
+      values.turn();
       for (int64_t head = kv_head * share; head < (kv_head + 1) * share; head++)
         for (int64_t i = task % parts; i < blocks; i += parts) {
           const Block block(*shape, batch, i * Q);
@@ -335,10 +555,10 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
           Vec top[2] = {all(LEAST), all(LEAST)}, total[2] = {};
           for (int64_t key = block.low; key < block.high; key += KEYS) {
             const int count = std::min<int64_t>(KEYS, block.high - key);
-            multiply(keys.data + key * E, queries.transposed, count, p);
-            block.hide(p, key, count);
+            multiply(keys, key, queries, count, p);
+            block.hide(p.numbers, key, count);
             for (int half = 0; half < 2; half++) {
-              float* x = p + half * W;
+              float* x = p.numbers + half * W;
               const Vec before = top[half];
               top[half] = larger(largest(x, count) * factor, before);
               const Vec less = exp2(before - top[half]);
@@ -350,7 +570,8 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
                 store(x + j * Q, weight);
               }
             }
-            add_over_keys(values.data + key * E, p, count, result);
+            p.round<false, true>(count);
+            add_over_keys(values, key, p, count, result);
           }
           for (int half = 0; half < 2; half++) {
             store(totals + half * W, total[half]);
@@ -373,21 +594,24 @@ void attention_forward(const Shape* shape, const Tensor* q, const Tensor* k, con
 void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, const Tensor* v, const Tensor* out,
                         const float* sums, const Tensor* grad, const Tensor* grad_q, const Tensor* grad_k,
                         const Tensor* grad_v) {
-  const int64_t share = shape->heads / shape->kv_heads, size = shape->keys * E;
+  const int64_t share = shape->heads / shape->kv_heads, size = (shape->keys + SPARE) * E;
   const float factor = shape->scale * LOG2_E;
   // What each head of a group adds to the gradients of its keys and values, to be summed in a fixed order.
   Buffer shares(share > 1 ? shape->batches * shape->heads * 2 * size : 0);
 #pragma omp parallel num_threads(shape->threads)
   {
-    Buffer keys(shape->keys * E), values(shape->keys * E);
-    Columns queries, grads, outs;
+    const Tiles tiles;
+    Rows keys(shape->keys), values(shape->keys);
+    Columns queries, grads;
+    Scores p, p_grad;
     Buffer own(share > 1 ? 0 : 2 * size);
-    alignas(64) float result[E * Q], natural[Q * E], p[KEYS * Q], p_grad[KEYS * Q], sum[Q], mean[Q];
+    alignas(64) float result[E * Q], natural[Q * E], sum[Q], mean[Q];
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < shape->batches * shape->heads; task++) {
       const int64_t batch = task / shape->heads, head = task % shape->heads, kv_head = head / share;
-      read_rows(*k, batch, kv_head, 0, shape->keys, shape->angles_of_keys(batch), keys.data);
-      read_rows(*v, batch, kv_head, 0, shape->keys, nullptr, values.data);
+      keys.read(*k, batch, kv_head, shape->angles_of_keys(batch));
+      keys.turn();
+      values.read(*v, batch, kv_head, nullptr);
       float* keys_grad = share > 1 ? shares.data + task * 2 * size : own.data;
       float* values_grad = keys_grad + size;
       std::fill(keys_grad, keys_grad + 2 * size, 0.f);
@@ -395,30 +619,37 @@ void attention_backward(const Shape* shape, const Tensor* q, const Tensor* k, co
         const Block block(*shape, batch, begin);
         const float* angles = shape->angles_of_queries(batch, begin);
         queries.read(*q, batch, head, begin, block.count, angles);
+        queries.pair();
         grads.read(*grad, batch, head, begin, block.count, nullptr);
-        outs.read(*out, batch, head, begin, block.count, nullptr);
+        grads.pair();
+        read_rows(*out, batch, head, begin, block.count, nullptr, natural);
+        for (int i = 0; i < block.count * E; i += W) store(natural + i, load(natural + i) * load(grads.natural + i));
+        std::fill(natural + block.count * E, natural + Q * E, 0.f);
+        transpose<Q, E>(natural, result);
         for (int i = 0; i < Q; i++)
           sum[i] = i < block.count ? sums[(batch * shape->heads + head) * shape->queries + begin + i] : -LEAST;
         for (int half = 0; half < Q; half += W) {
           Vec means{};  // of the weights' gradients, which the softmax takes away
-          for (int e = half; e < E * Q; e += Q) means += load(grads.transposed + e) * load(outs.transposed + e);
+          for (int e = half; e < E * Q; e += Q) means += load(result + e);
           store(mean + half, means);
         }
         std::fill(result, result + E * Q, 0.f);
         for (int64_t key = block.low; key < block.high; key += KEYS) {
           const int count = std::min<int64_t>(KEYS, block.high - key);
-          multiply(keys.data + key * E, queries.transposed, count, p);
-          block.hide(p, key, count);
-          multiply(values.data + key * E, grads.transposed, count, p_grad);
+          multiply(keys, key, queries, count, p);
+          block.hide(p.numbers, key, count);
+          multiply(values, key, grads, count, p_grad);
           for (int half = 0; half < Q; half += W)
             for (int j = half; j < count * Q; j += Q) {
-              const Vec weight = exp2(load(p + j) * factor - load(sum + half));
-              store(p + j, weight);
-              store(p_grad + j, weight * (load(p_grad + j) - load(mean + half)));
+              const Vec weight = exp2(load(p.numbers + j) * factor - load(sum + half));
+              store(p.numbers + j, weight);
+              store(p_grad.numbers + j, weight * (load(p_grad.numbers + j) - load(mean + half)));
             }
-          add_over_keys(keys.data + key * E, p_grad, count, result);
-          add_over_queries(p_grad, queries.natural, count, keys_grad + key * E);
-          add_over_queries(p, grads.natural, count, values_grad + key * E);
+          p.round<true, false>(count);
+          p_grad.round<true, true>(count);
+          add_over_keys(keys, key, p_grad, count, result);
+          add_over_queries(p_grad, queries, count, keys_grad + key * E);
+          add_over_queries(p, grads, count, values_grad + key * E);
         }
         transpose<E, Q>(result, natural);
         write_rows(natural, block.count, shape->scale, angles, *grad_q, batch, head, begin);

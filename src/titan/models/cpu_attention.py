@@ -1,8 +1,9 @@
 """titan's own attention for CPUs: cpu_attention.cpp, as operators that autograd and the compiler know.
 
 PyTorch's kernel multiplies blocks with calls to a library, for which the heads of small models are too small, and in
-bfloat16 its backward pass is no faster than in float32. This one keeps a block in registers, skips what a query does
-not see, documents included, and takes groups of heads as they are. `benchmarks/attention.py` measures both.
+bfloat16 its backward pass is no faster than in float32. This one keeps a block in registers, or in the tiles that some
+CPUs have for bfloat16, skips what a query does not see, documents included, takes groups of heads as they are, and
+rotates queries and keys as it reads them. `benchmarks/attention.py` measures both.
 
 It is compiled when a model is first put together, for its head size and number format, by the compiler's own cache of
 C++ libraries: about a second, once for a machine.
@@ -57,7 +58,9 @@ def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
     """
     from torch._inductor.codecache import CppCodeCache
 
-    defined = {"HEAD_SIZE": head_size, "IS_BFLOAT16": dtype is torch.bfloat16}
+    is_half = dtype is torch.bfloat16
+    # asks the system for leave to use tiles, as PyTorch does before its own products
+    defined = {"HEAD_SIZE": head_size, "IS_BFLOAT16": is_half, "HAS_TILES": is_half and torch.cpu._init_amx()}
     lines = [f"#define {name} {int(value)}\n" for name, value in defined.items()]
     source = "".join(lines) + Path(__file__).with_suffix(".cpp").read_text()
     # The compiler's own code is not contracted, for it chooses what is multiplied and added in one.
