@@ -156,11 +156,13 @@ BFLOAT16 = "training.param_dtype=bfloat16"
         (["compile=inductor", "cluster=simulated"], Attention.default),
         (["compile=inductor", "model.n_heads=2", "model.n_kv_heads=2"], Attention.cpu),
         (["compile=inductor", "model.n_heads=2", "model.n_kv_heads=2", BFLOAT16], Attention.cpu),
+        (["compile=inductor", "model.dim=288", "model.n_heads=4", "model.n_kv_heads=4"], Attention.cpu),
+        (["compile=inductor", "model.dim=288", "model.n_heads=4", "model.n_kv_heads=4", BFLOAT16], Attention.default),
         (["compile=inductor", BFLOAT16], Attention.cpu),
     ],
 )
 def test_what_is_compiled_for_a_cpu_takes_titans_own_attention(overrides: list[str], expected: Attention) -> None:
-    """Unless another is asked for, or it cannot: heads of two numbers, a ring, a GPU."""
+    """Unless another is asked for, or is faster (for large heads that fill no tiles), or it cannot: a ring, a GPU."""
     config, _ = resolve_config(compose(["run.dir=unused", "data=python_stdlib", *overrides]), Machine())
     assert choose_attention(config) is expected
 

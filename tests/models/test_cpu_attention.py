@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from titan.models.attention import CausalAttention, Kernel, visible_keys
+from titan.models.attention import CausalAttention, Kernel, Visible, visible_keys
 from titan.models.cpu_attention import Span, attend_on_cpu
 from titan.models.rope import apply_rope
 
@@ -73,7 +73,7 @@ def test_a_group_of_heads_shares_its_keys(heads: int, kv_heads: int, dtype: torc
     assert_is_formula(attend_on_cpu(q, k, v), q, k, v, causal(70, 70))
 
 
-@pytest.mark.parametrize("head_size", [8, 16, 24, 32, 48, 64, 80, 128])
+@pytest.mark.parametrize("head_size", [8, 16, 24, 32, 48, 64, 80, 128, 256])
 @pytest.mark.parametrize("length", [1, 15, 33, 100, 193])
 def test_in_bfloat16_it_is_at_least_as_exact_as_pytorch(head_size: int, length: int) -> None:
     """So no farther from the formula than PyTorch's kernel is, in tiles, where a CPU has them, and without."""
@@ -119,7 +119,7 @@ def test_it_rotates_queries_and_keys(
 
 
 def test_rotating_as_it_reads_is_no_less_exact_than_before_it_is_called() -> None:
-    """In bfloat16, in which what is rotated before is rounded once more, or as often."""
+    """In bfloat16: what is rotated before has been rounded by then."""
     q, k, v = inputs(193, 193, 16, 4, 4, BFLOAT16)
     rope = angles(193, 16)
     exact = with_gradients(reference(rotated(q, rope), rotated(k, rope), v, causal(193, 193)), q, k, v)
@@ -149,12 +149,43 @@ def test_a_module_gives_the_same_with_either_kernel(has_documents: bool) -> None
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(40, 4, 2), (39, 8, 2), (1, 8, 2)])
-def test_angles_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
-    """For it would read behind them."""
+@pytest.mark.parametrize(
+    "rope",
+    [
+        *(
+            torch.ones(shape)
+            for shape in ((40, 4, 2), (39, 8, 2), (1, 8, 2), (1, 40, 8, 2), (3, 40, 8, 2), (2, 1, 40, 8, 2))
+        ),
+        torch.ones(40, 8, 2, dtype=torch.bfloat16),
+        torch.ones(40, 8, 2, dtype=torch.float64),
+    ],
+    ids=lambda rope: f"{rope.dtype} {tuple(rope.shape)}",
+)
+def test_angles_of_another_shape_or_format_are_refused(rope: Tensor) -> None:
+    """For it would read behind them, or something else."""
     q, k, v = inputs(40, 40, 16)
-    with pytest.raises(ValueError, match=r"the angles have the shape .*, and not \(40, 8, 2\)"):
-        attend_on_cpu(q, k, v, None, torch.ones(shape))
+    with pytest.raises(ValueError, match=r"the angles are .*, and not float32, \(40, 8, 2\)"):
+        attend_on_cpu(q, k, v, None, rope)
+
+
+def test_queries_without_angles_are_refused() -> None:
+    """More of them than there are keys, whose positions the angles are of."""
+    q, k, v = inputs(41, 40, 16)
+    with pytest.raises(ValueError, match="41 queries and angles for 40 positions"):
+        attend_on_cpu(q, k, v, None, torch.ones(40, 8, 2))
+
+
+def test_a_module_that_has_its_own_way_is_asked() -> None:
+    """A kind of attention that does something with keys before, as context parallelism does, gets them rotated."""
+
+    class Halved(CausalAttention):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None) -> Tensor:
+            return super().forward(q, k / 2, v, visible)
+
+    q, k, v = (x.transpose(1, 2).detach() for x in inputs(60, 60, 16))
+    own = Halved()
+    own.kernel = Kernel(is_own=True)
+    torch.testing.assert_close(own.rotary(q, k, v, angles(60, 16)), Halved().rotary(q, k, v, angles(60, 16)))
 
 
 LAYOUTS = {
@@ -194,6 +225,16 @@ def test_spans_are_the_mask(documents: int, ranks: int, head_tail: bool, dtype: 
         assert_is_formula(attend_on_cpu(q, k, v, span), q, k, v, visible)
 
 
+@pytest.mark.parametrize(("rows", "queries", "keys"), [(0, 8, 8), (2, 0, 8), (2, 8, 0), (2, 0, 0)])
+@FORMATS
+def test_nothing_gives_nothing(rows: int, queries: int, keys: int, dtype: torch.dtype) -> None:
+    """No rows, no queries, or no keys, of which a query sees nothing."""
+    q, k, v = (x.detach()[:rows].requires_grad_() for x in inputs(queries, keys, 16, dtype=dtype))
+    out = attend_on_cpu(q, k, v)
+    assert out.shape == q.shape
+    assert not any(x.any() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
+
+
 @FORMATS
 def test_a_query_that_sees_nothing_gives_zeros(dtype: torch.dtype) -> None:
     """Forward and backward, though it shares a block with others."""
@@ -220,9 +261,10 @@ def test_large_and_small_scores_are_those_of_the_formula() -> None:
         assert_is_formula(attend_on_cpu(a, b, c), a, b, c, causal(130, 130), max(1, factor))
 
 
-def test_what_is_no_number_is_not_lost() -> None:
+@FORMATS
+def test_what_is_no_number_is_not_lost(dtype: torch.dtype) -> None:
     """A query or key that is none shows where it is seen alone; a value at least there, for 0 * nan is nan."""
-    q, k, v = (x.detach() for x in inputs(100, 100, 16))
+    q, k, v = (x.detach() for x in inputs(100, 100, 16, dtype=dtype))
     q[1, :, 50, 3] = k[1, :, 70, 3] = torch.nan
     seen = attend_on_cpu(q, k, v).isnan().flatten(3).any(3).any(1)
     assert seen[1].nonzero().flatten().tolist() == [50, *range(70, 100)]
@@ -232,7 +274,7 @@ def test_what_is_no_number_is_not_lost() -> None:
 
 
 def test_products_behind_it_are_those_before_it() -> None:
-    """It leaves a thread's tiles as it has found them, where a CPU has them: PyTorch takes them for other shapes."""
+    """PyTorch takes a thread's tiles for other shapes, where a CPU has them."""
     q, k, v = inputs(100, 100, 16, dtype=BFLOAT16)
     generator = torch.Generator().manual_seed(0)
     pairs = [torch.randn(2, size, size, generator=generator).bfloat16() for size in (5, 48, 100, 256)]

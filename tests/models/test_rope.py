@@ -90,29 +90,6 @@ def test_positions_of_each_row_pick_their_angles() -> None:
     assert torch.equal(turned[1], apply_rope(x, rope[20:28])[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_real_and_complex_arithmetic_give_the_same_bits(dtype: torch.dtype) -> None:
-    """What is compiled takes the former: the result and the gradient are those of the latter."""
-    rope = build_rope_cache(flavor("llama3_debug"), 64)
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(2, 64, 4, 16, generator=generator).to(dtype) for _ in range(2))
-    x.requires_grad_()
-    torch._dynamo.reset()
-    compiled = torch.compile(apply_rope, backend="aot_eager", fullgraph=True)
-    found, wanted = (([out := turn(x, rope)], torch.autograd.grad(out, x, grad)) for turn in (compiled, apply_rope))
-    for mine, theirs in zip(found[0] + list(found[1]), wanted[0] + list(wanted[1]), strict=True):
-        assert mine.dtype is theirs.dtype is dtype
-        assert mine.equal(theirs)
-
-
-def test_pairs_that_lie_apart_are_turned() -> None:
-    """Though no complex numbers lie there."""
-    rope = build_rope_cache(flavor("llama3_debug"), 8)
-    x = torch.randn(2, 8, 4, 16, generator=torch.Generator().manual_seed(0))
-    apart = x.transpose(2, 3).contiguous().transpose(2, 3)
-    assert apply_rope(apart, rope).equal(apply_rope(x, rope))
-
-
 def test_far_positions_are_exact() -> None:
     """At position 131,071 cosine and sine are right to float32, which angles held in float32 would not be."""
     config = flavor("llama3_1_8b")

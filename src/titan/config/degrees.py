@@ -39,6 +39,9 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 """The axes along which ranks see different rows."""
 CPU_HEAD_MULTIPLE = 4
 """Heads of titan's own attention for CPUs have a multiple of so many numbers."""
+_CPU_TILE = 16
+_LARGEST_CPU_HEAD_WITHOUT_TILES = 64
+"""In bfloat16, of heads that are no multiple of a tile; PyTorch's attention is the faster one for larger ones."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ def choose_attention(config: TitanConfig) -> Attention:
         config.training.attention is Attention.default
         and compiles_for_cpu(config)
         and head_size % CPU_HEAD_MULTIPLE == 0
+        and (
+            config.training.param_dtype is Dtype.float32
+            or head_size % _CPU_TILE == 0
+            or head_size <= _LARGEST_CPU_HEAD_WITHOUT_TILES
+        )
         and not has_ring(config.parallelism)
     )
     return Attention.cpu if takes_own else config.training.attention

@@ -158,8 +158,6 @@ class CausalAttention(nn.Module):
 
     kernel = ANY
     """Set when parallelism is applied."""
-    has_all_keys = True
-    """Whether `forward` is given all keys that its queries may see, and queries for each."""
 
     def init_buffers(self, seq_len: int, device: torch.device | str) -> None:
         """Compute what depends on the length of sequences alone, where it is used; here there is nothing."""
@@ -183,7 +181,7 @@ class CausalAttention(nn.Module):
             q: (B, S, H, E). k, v: (B, S, K, E). rope: as `apply_rope` takes it. visible: as `forward` takes it. Returns
             (B, S, H, E).
         """
-        if self.kernel.is_own and self.has_all_keys:
+        if self.kernel.is_own and type(self) is CausalAttention:  # others may have something to do in between
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             assert visible is None or isinstance(visible, Span), "`mask` makes what its kernel takes"
             return attend_on_cpu(q, k, v, visible, rope).transpose(1, 2)

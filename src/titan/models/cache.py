@@ -85,8 +85,6 @@ class CachedModel:
 class CachedAttention(CausalAttention):
     """Attention that also sees the keys and values of earlier calls."""
 
-    has_all_keys = False
-
     def __init__(self) -> None:
         super().__init__()
         self._keys = self._values = torch.empty(0)

@@ -116,7 +116,7 @@ inline Vec exp2(Vec x) {
   p = p * f + all(2.4022242e-1f);
   p = p * f + all(6.9314700e-1f);
   p = p * f + all(1.f);
-  return x < all(-64.f) ? Vec{} : (Vec)((Int)p + ((Int)shifted << 23));
+  return x < all(-64.f) ? Vec{} : (Vec)((UInt)p + ((UInt)shifted << 23));
 }
 
 template <int... i>
@@ -199,13 +199,14 @@ inline void write_rows(const float* from, int64_t count, float factor, const flo
 // A tile has 16 rows of 64 bytes: of 16 numbers in float32, or of 32 in bfloat16. What is multiplied from the right has
 // two rows of a matrix in each of its own: their numbers in pairs.
 constexpr int PADDED = (E + 31) / 32 * 32;  // the numbers of a head that is summed over
-constexpr int SPARE = 16;                   // rows, for what is written in whole tiles
+constexpr int SPARE = 16;                   // rows behind the last: whole tiles are read and written, up to 15 too many
 
 // For as long as it lives, this thread has whole tiles.
 struct Tiles {
   Tiles() {
     alignas(64) uint8_t config[64] = {1};
     for (int tile = 0; tile < 8; tile++) config[16 + 2 * tile] = 64, config[48 + tile] = 16;
+    asm volatile("" : : "r"(config) : "memory");  // GCC 12 takes the configuration to be 8 bytes long
     _tile_loadconfig(config);
   }
   Tiles(const Tiles&) = delete;
@@ -307,6 +308,7 @@ struct Columns {
 
 // Keys or values of a head: natural [j][e], and turned [e][j].
 struct Rows {
+  // A chunk begins anywhere and is read in whole 32s where it is turned: up to 31 numbers too many, which are 0.
   explicit Rows(int64_t count)
       : count(count), row((count + 63) / 32 * 32), natural((count + SPARE) * PADDED / 2), turned(E * row / 2) {
     std::fill(natural.data, natural.data + natural.size, 0.f);

@@ -63,7 +63,7 @@ def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
     defined = {"HEAD_SIZE": head_size, "IS_BFLOAT16": is_half, "HAS_TILES": is_half and torch.cpu._init_amx()}
     lines = [f"#define {name} {int(value)}\n" for name, value in defined.items()]
     source = "".join(lines) + Path(__file__).with_suffix(".cpp").read_text()
-    # The compiler's own code is not contracted, for it chooses what is multiplied and added in one.
+    # Inductor forbids the C++ compiler to multiply and add in one, as PyTorch's own code does not; here that is wanted.
     return CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
 
 
@@ -86,10 +86,19 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Span | None = None, 
     """
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise TypeError(f"queries, keys and values are {q.dtype}, {k.dtype}, {v.dtype}; all float32 or all bfloat16")
-    if rope is not None and rope.shape[-3:] != (wanted := (k.shape[2], k.shape[3] // 2, 2)):
-        raise ValueError(f"the angles have the shape {tuple(rope.shape)}, and not {wanted} for these keys")
+    if rope is not None:
+        _check_angles(rope, q, k)
     first, last = visible or (None, None)
     return torch.ops.titan.attention(q, k, v, first, last, rope)[0]
+
+
+def _check_angles(rope: Tensor, q: Tensor, k: Tensor) -> None:
+    """Refuse what the kernel would read as something else, or read behind."""
+    wanted = (k.shape[2], k.shape[3] // 2, 2)
+    if rope.shape not in (wanted, (k.shape[0], *wanted)) or rope.dtype is not torch.float32:
+        raise ValueError(f"the angles are {rope.dtype}, {tuple(rope.shape)}, and not float32, {wanted}, for these keys")
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(f"there are {q.shape[2]} queries and angles for {k.shape[2]} positions")
 
 
 @torch.library.custom_op("titan::attention", mutates_args=(), device_types="cpu")

@@ -2,8 +2,7 @@
 
 Llama's own convention, in which neighbours (0, 1), (2, 3), ... form the pairs. Hugging Face stores the same weights
 with each head's rows reordered so that the pairs are (0, E/2), (1, E/2 + 1), ...; the two agree after that
-reordering. A pair is turned as a complex number, in one pass, and by real arithmetic, with the same result, where
-torch.compile makes one pass of that: it has no code of its own for complex numbers.
+reordering. The arithmetic is real, not complex, so that torch.compile can fuse it.
 
 Shape letters: B batch, S sequence, H heads, E head size.
 """
@@ -68,11 +67,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     Shape:
         x: (B, S, H, E). rope: (S, E/2, 2), or (B, S, E/2, 2) where rows have positions of their own.
     """
-    pairs = x.float().contiguous().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():
-        cos, sin = rope.unsqueeze(-3).unbind(-1)
-        first, second = pairs.unbind(-1)
-        turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    else:
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope).unsqueeze(-2))
+    cos, sin = rope.unsqueeze(-3).unbind(-1)
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
     return turned.flatten(-2).type_as(x)

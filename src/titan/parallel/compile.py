@@ -45,7 +45,7 @@ def apply_compile(
         mode = None if config.mode is CompileMode.default else config.mode.value
         return torch.compile(function, backend=config.backend, mode=mode, dynamic=config.dynamic, fullgraph=True)
 
-    last = () if model.norm is None else (model.norm,)  # which is several passes on a CPU
+    last = () if model.norm is None else (model.norm,)  # which takes several passes on a CPU if it is not compiled
     for module in (*model.layers.values(), *last):
         unwrap_weights_before(module)
         module.forward = compiled(module.forward)  # type: ignore[method-assign]

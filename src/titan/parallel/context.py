@@ -65,8 +65,6 @@ def _order(seq_len: int, ranks: int, head_tail: bool, device: torch.device | str
 
 
 class _ContextAttention(CausalAttention):
-    has_all_keys = False
-
     def __init__(self, group: dist.ProcessGroup, head_tail: bool) -> None:
         super().__init__()
         self.group, self.head_tail = group, head_tail
