@@ -63,7 +63,7 @@ def compile_kernel(head_size: int, dtype: torch.dtype) -> ctypes.CDLL:
     defined = {"HEAD_SIZE": head_size, "IS_BFLOAT16": is_half, "HAS_TILES": is_half and torch.cpu._init_amx()}
     lines = [f"#define {name} {int(value)}\n" for name, value in defined.items()]
     source = "".join(lines) + Path(__file__).with_suffix(".cpp").read_text()
-    # Inductor forbids the C++ compiler to multiply and add in one, as PyTorch's own code does not; here that is wanted.
+    # Inductor forbids the C++ compiler to multiply and add in one; here that is wanted.
     return CppCodeCache.load(source, extra_flags=("-ffp-contract=fast",))
 
 
@@ -78,7 +78,7 @@ def attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, visible: Span | None = None, 
         v: Values.
         visible: The keys that each query sees.
         rope: The angles by which queries and keys are to be rotated before, as `apply_rope` does it, where that has not
-            been done. It is done in float32 as they are read, so that nothing is written and read again, or rounded.
+            been done. It is done in float32 as they are read, so that nothing is written and read again.
 
     Shape:
         q: (B, H, Q, E), E a multiple of 4. k, v: (B, K, S, E), K divides H. All float32, or all bfloat16, on a CPU.
