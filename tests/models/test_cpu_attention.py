@@ -320,7 +320,7 @@ def test_it_is_an_operator_as_pytorch_wants_them() -> None:
         torch.library.opcheck(torch.ops.titan.attention.default, (q, k, v, *visible))
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@FORMATS
 def test_compiled_it_is_the_same(dtype: torch.dtype) -> None:
     """Inside of a function that Inductor compiles, with what comes before and behind it."""
     rope = angles(48, 16)

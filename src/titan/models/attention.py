@@ -54,16 +54,27 @@ class Kernel:
 ANY = Kernel()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visible | None = None, kernel: Kernel = ANY) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Visible | None = None,
+    kernel: Kernel = ANY,
+    rope: Tensor | None = None,
+) -> Tensor:
     """Return attention of queries that stand at the end of the keys: causal, unless `visible` says more.
 
+    With `rope`, which titan's own kernel alone takes, queries and keys are rotated before.
+
     Shape:
-        q: (B, H, Q, E). k, v: (B, K, S, E), Q <= S and K divides H. visible: for Q and S. Returns (B, H, Q, E).
+        q: (B, H, Q, E). k, v: (B, K, S, E), Q <= S and K divides H. visible: for Q and S. rope: as `attend_on_cpu`
+        takes it. Returns (B, H, Q, E).
     """
     if kernel.is_own:
         assert visible is None or isinstance(visible, Span), "`mask` makes what its kernel takes"
-        return attend_on_cpu(q, k, v, visible)
+        return attend_on_cpu(q, k, v, visible, rope)
     assert not isinstance(visible, Span)
+    assert rope is None
     if q.device.type == "cpu" and q.dtype is not torch.float32 and q.shape[-1] <= _SMALL_HEAD:
         return attend(q.float(), k.float(), v.float(), visible, kernel).to(q.dtype)
     queries, keys, heads, kv_heads = q.shape[2], k.shape[2], q.shape[1], k.shape[1]
@@ -183,8 +194,7 @@ class CausalAttention(nn.Module):
         """
         if self.kernel.is_own and type(self) is CausalAttention:  # others may have something to do in between
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            assert visible is None or isinstance(visible, Span), "`mask` makes what its kernel takes"
-            return attend_on_cpu(q, k, v, visible, rope).transpose(1, 2)
+            return attend(q, k, v, visible, self.kernel, rope).transpose(1, 2)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         return self(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible).transpose(1, 2)
 

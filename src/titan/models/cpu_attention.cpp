@@ -213,6 +213,7 @@ struct Tiles {
   ~Tiles() { _tile_release(); }
 };
 
+// As `store`, by one instruction, which makes 0 of what is denormal.
 inline void store_rounded(uint16_t* to, Vec x) {
   *reinterpret_cast<__m256i*>(to) = (__m256i)_mm512_cvtneps_pbh((__m512)x);
 }
@@ -224,7 +225,7 @@ inline __m512i round_both(Vec first, Vec second) {
 
 // The same as one of pairs.
 template <int... i>
-inline __m512i interleave(__m512i rows, std::integer_sequence<int, i...>) {
+inline __m512i interleave(__m512i rows, Indices<i...>) {
   typedef int16_t Halves __attribute__((vector_size(64)));
   return _mm512_permutexvar_epi16((__m512i)Halves{(i / 2 + i % 2 * 16)...}, rows);
 }
